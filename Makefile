@@ -1,0 +1,42 @@
+# make serve   set up if needed, then serve the demo model (MODEL=… PORT=… ARGS="…" for more)
+# make test    set up if needed, then run every test
+# make check   what CI checks: style, types, import law, generated code
+# make setup   the virtual environment with everything; the others call it
+
+MODEL ?=
+PORT  ?= 8000
+ARGS  ?=
+# Workers of the test run. Two cores are enough; a test that times something runs alone in any case.
+JOBS  ?= 2
+
+PYTHON := .venv/bin/python
+
+.PHONY: setup serve test check protos format clean
+
+setup: .venv/.complete
+
+.venv/.complete: pyproject.toml constraints.txt scripts/setup.sh
+	./scripts/setup.sh
+
+serve: setup
+	@.venv/bin/relevo serve $(MODEL) --port $(PORT) $(ARGS)
+
+test: setup
+	$(PYTHON) -m pytest -n $(JOBS) --dist loadscope
+
+check: setup
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	./scripts/check_protos.sh
+	$(PYTHON) -m pytest tests/test_import_law.py
+
+protos: setup
+	./scripts/protos.sh
+
+format: setup
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

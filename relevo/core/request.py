@@ -1,0 +1,79 @@
+"""A request as the scheduler sees it: tokens known, tokens computed, and the blocks that hold them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from relevo.core.block_hash import BlockHash, hash_blocks
+from relevo.core.sampling_params import SamplingParams
+
+
+class RequestStatus(Enum):
+    WAITING = "waiting"  # has no blocks
+    WAITING_FOR_KV = "waiting_for_kv"  # has its blocks; somebody else is filling them
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class FinishReason(Enum):
+    STOP = "stop"  # EOS or a stop token, which is the last of the output
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """token_ids, drawn:
+
+    [0, num_prompt_tokens)              the prompt
+    [num_prompt_tokens, len(token_ids)) the output so far
+    [0, num_computed_tokens)            KV is in block_ids; the rest is what steps still have to compute
+    """
+
+    request_id: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    max_tokens: int  # resolved: never None, never beyond the model's context
+    stop_token_ids: frozenset[int]  # EOS unless ignored, and the sampling parameters' own
+    root_hash: BlockHash
+    block_size: int
+    await_kv: bool = False  # reserve the prompt's blocks, then wait until resume()
+    hold_blocks: bool = False  # keep blocks after the end, until release()
+
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: FinishReason | None = None
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompt, found in the pool when the request was first admitted
+    block_ids: list[int] = field(default_factory=list)
+    num_named_blocks: int = 0  # leading blocks that the pool knows by name
+    num_preemptions: int = 0
+    _block_hashes: list[BlockHash] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    def block_hashes(self, num_tokens: int) -> list[BlockHash]:
+        """Names of the full blocks in token_ids[:num_tokens]; computed once, as tokens come."""
+        num_blocks = num_tokens // self.block_size
+        known = len(self._block_hashes)
+        if known < num_blocks:
+            parent = self._block_hashes[-1] if known else self.root_hash
+            self._block_hashes += hash_blocks(
+                parent, self.token_ids, self.block_size, known * self.block_size, num_blocks * self.block_size
+            )
+        return self._block_hashes[:num_blocks]

@@ -1,0 +1,291 @@
+"""Which tokens of which requests the next step computes.
+
+One rule: a request has tokens known and tokens computed, and a step computes some of the difference under a token
+budget. Chunked prefill, prefix hits and resumption after preemption are that rule.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from relevo.core.block_pool import BlockPool
+from relevo.core.request import FinishReason, Request, RequestStatus
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    max_num_seqs: int  # requests that have blocks at the same time
+    max_num_batched_tokens: (
+        int  # computed in one step; at least max_num_seqs, so that every running request gets its token
+    )
+    block_size: int
+    output_allowance_tokens: int = 64  # reserved beyond the prompt when a request awaits its KV from elsewhere
+
+    def __post_init__(self) -> None:
+        assert 0 < self.max_num_seqs <= self.max_num_batched_tokens and self.block_size > 0
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """The step computes request.token_ids[num_computed_tokens : num_computed_tokens + num_scheduled_tokens]."""
+
+    request: Request
+    num_scheduled_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """All known tokens are computed after this step: the last row's logits choose the next one."""
+        return self.num_scheduled_tokens == self.request.num_uncomputed_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOutput:
+    scheduled: list[ScheduledRequest] = field(default_factory=list)
+    admitted: list[Request] = field(default_factory=list)  # got their first blocks; once in a request's life
+    reserved: list[Request] = field(default_factory=list)  # the same, and now wait for their KV
+    preempted: list[Request] = field(default_factory=list)
+
+    @property
+    def num_scheduled_tokens(self) -> int:
+        return sum(scheduled.num_scheduled_tokens for scheduled in self.scheduled)
+
+
+class Scheduler:
+    """Owns the requests and, through the pool, their blocks.
+
+    waiting          no blocks; first come, first served, the preempted in front
+    waiting_for_kv   blocks that somebody else fills: never preempted
+    running          computed step by step; when blocks run out the youngest is preempted and recomputes later
+    held             ended, blocks kept until release()
+    """
+
+    def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
+        self.config = config
+        self.pool = pool
+        self.waiting: deque[Request] = deque()
+        self.waiting_for_kv: dict[str, Request] = {}
+        self.running: list[Request] = []
+        self.held: dict[str, Request] = {}
+        self._requests: dict[str, Request] = {}
+
+    def add(self, request: Request) -> None:
+        """Queue a request. It must fit the pool alone: prompt and output need at most pool.num_blocks blocks."""
+        assert request.request_id not in self._requests, f"request id {request.request_id} twice"
+        assert self._num_blocks(request.num_prompt_tokens + request.max_tokens) <= self.pool.num_blocks
+        assert not request.hold_blocks or request.max_tokens == 1, (
+            "held blocks are for requests that end with one token"
+        )
+        self._requests[request.request_id] = request
+        self.waiting.append(request)
+
+    def resume(self, request_id: str, num_computed_tokens: int, token_ids: list[int]) -> Request | None:
+        """The KV of [0, num_computed_tokens) is in the request's blocks now: let it run, with tokens sampled elsewhere.
+
+        None if there is no such request any more (it was aborted meanwhile).
+        """
+        request = self.waiting_for_kv.pop(request_id, None)
+        if request is None:
+            return None
+        assert num_computed_tokens % self.config.block_size == 0
+        request.await_kv = False
+        request.token_ids += token_ids
+        assert request.num_computed_tokens <= num_computed_tokens <= request.num_tokens
+        request.num_computed_tokens = num_computed_tokens
+        self._name_blocks(request, num_computed_tokens)
+        if request.num_uncomputed_tokens:
+            request.status = RequestStatus.RUNNING
+            self.running.append(request)
+        else:
+            # A row must be computed to have logits to sample from, and a named block is never written again. So it
+            # starts over, finds all but its last block under their names, and computes that one in a block of its own.
+            self._back_to_waiting(request)
+        return request
+
+    def abort(self, request_id: str) -> Request | None:
+        """Cancel a request now and free its blocks; None if it had ended (held blocks are freed) or never was."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        if request.status is RequestStatus.FINISHED:
+            self._forget(request)
+            return None
+        if request.status is RequestStatus.WAITING:
+            self.waiting.remove(request)
+        elif request.status is RequestStatus.WAITING_FOR_KV:
+            del self.waiting_for_kv[request_id]
+        elif request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+        request.finish_reason = FinishReason.CANCELLED
+        request.status = RequestStatus.FINISHED
+        self._forget(request)
+        return request
+
+    def release(self, request_id: str) -> None:
+        """Free a held request's blocks. Releasing twice is harmless."""
+        request = self.held.get(request_id)
+        if request is not None:
+            self._forget(request)
+
+    def schedule(self) -> SchedulerOutput:
+        output = SchedulerOutput()
+        budget = self._schedule_running(output, self.config.max_num_batched_tokens)
+        if not output.preempted:
+            self._schedule_waiting(output, budget)
+        return output
+
+    def update(self, output: SchedulerOutput, sampled: Mapping[str, int]) -> list[Request]:
+        """Account for a computed step: `sampled` has the next token of every scheduled request that samples.
+
+        Returns the requests that ended.
+        """
+        ended = []
+        for scheduled in output.scheduled:
+            request = scheduled.request
+            request.num_computed_tokens += scheduled.num_scheduled_tokens
+            self._name_blocks(request, request.num_computed_tokens)
+            if request.request_id in sampled:
+                request.token_ids.append(sampled[request.request_id])
+                request.finish_reason = _finish_reason(request)
+                if request.finish_reason is not None:
+                    ended.append(request)
+        for request in ended:
+            self._end(request)
+        return ended
+
+    def check(self) -> None:
+        """Prove that pool and requests agree; AssertionError says where they do not."""
+        self.pool.check()
+        ref_cnt: dict[int, int] = {}
+        for request in self._requests.values():
+            for block_id in request.block_ids:
+                ref_cnt[block_id] = ref_cnt.get(block_id, 0) + 1
+            has_blocks = request.status is not RequestStatus.WAITING
+            assert has_blocks == bool(request.block_ids), (
+                f"{request.request_id}: {request.status} with {request.block_ids}"
+            )
+            assert request.num_computed_tokens <= len(request.block_ids) * self.config.block_size
+        held = {block_id: count for block_id, count in enumerate(self.pool._ref_cnt) if count}
+        assert held == ref_cnt, f"held in the pool {held}, by requests {ref_cnt}"
+
+    def _schedule_running(self, output: SchedulerOutput, budget: int) -> int:
+        # Those that need one token first: a long prompt must not make them wait for the next step.
+        for request in sorted(self.running, key=lambda r: r.num_uncomputed_tokens > 1):
+            if request.status is not RequestStatus.RUNNING:
+                continue  # preempted for one before it
+            num_tokens = min(request.num_uncomputed_tokens, budget)
+            if num_tokens == 0:
+                break
+            if self._grow(request, request.num_computed_tokens + num_tokens, output):
+                output.scheduled.append(ScheduledRequest(request, num_tokens))
+                budget -= num_tokens
+        return budget
+
+    def _schedule_waiting(self, output: SchedulerOutput, budget: int) -> None:
+        while self.waiting and len(self.running) + len(self.waiting_for_kv) < self.config.max_num_seqs:
+            request = self.waiting[0]
+            if budget == 0 and not request.await_kv:
+                break
+            if not self._admit(request):
+                break
+            self.waiting.popleft()
+            if request.num_preemptions == 0:
+                output.admitted.append(request)
+            if request.await_kv:
+                request.status = RequestStatus.WAITING_FOR_KV
+                self.waiting_for_kv[request.request_id] = request
+                output.reserved.append(request)
+                continue
+            request.status = RequestStatus.RUNNING
+            self.running.append(request)
+            num_tokens = min(request.num_uncomputed_tokens, budget)
+            output.scheduled.append(ScheduledRequest(request, num_tokens))
+            budget -= num_tokens
+
+    def _admit(self, request: Request) -> bool:
+        """Blocks for all known tokens (awaiting KV: and some output), cached ones shared; False if too few are free."""
+        block_size = self.config.block_size
+        if request.await_kv:
+            cacheable = request.num_tokens
+            num_tokens = request.num_tokens + min(request.max_tokens, self.config.output_allowance_tokens)
+        else:
+            cacheable = request.num_tokens - 1  # one row must be computed
+            num_tokens = request.num_tokens
+        cached = self.pool.find_prefix(request.block_hashes(cacheable))
+        num_new = self._num_blocks(num_tokens) - len(cached)
+        if num_new + self.pool.num_free_among(cached) > self.pool.num_free_blocks:
+            return False
+        self.pool.share(cached)
+        fresh = self.pool.allocate(num_new)
+        assert fresh is not None
+        request.block_ids = cached + fresh
+        request.num_computed_tokens = len(cached) * block_size
+        request.num_named_blocks = len(cached)
+        if request.num_preemptions == 0:
+            request.num_cached_tokens = request.num_computed_tokens
+        return True
+
+    def _grow(self, request: Request, num_tokens: int, output: SchedulerOutput) -> bool:
+        """Blocks for num_tokens, preempting the youngest if need be; False if the request itself had to go."""
+        missing = self._num_blocks(num_tokens) - len(request.block_ids)
+        if missing <= 0:
+            return True
+        while (fresh := self.pool.allocate(missing)) is None:
+            scheduled = {id(entry.request) for entry in output.scheduled}
+            victim = next(
+                (r for r in reversed(self.running) if not r.hold_blocks and (id(r) not in scheduled or r is request)),
+                request,
+            )
+            self._preempt(victim)
+            output.preempted.append(victim)
+            if victim is request:
+                return False
+        request.block_ids += fresh
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self._back_to_waiting(request)
+
+    def _back_to_waiting(self, request: Request) -> None:
+        self._free_blocks(request)
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        request.status = RequestStatus.WAITING
+        self.waiting.appendleft(request)
+
+    def _name_blocks(self, request: Request, num_computed_tokens: int) -> None:
+        block_hashes = request.block_hashes(num_computed_tokens)
+        for index in range(request.num_named_blocks, len(block_hashes)):
+            self.pool.name(request.block_ids[index], block_hashes[index])
+        request.num_named_blocks = max(request.num_named_blocks, len(block_hashes))
+
+    def _end(self, request: Request) -> None:
+        self.running.remove(request)
+        request.status = RequestStatus.FINISHED
+        if request.hold_blocks:
+            self.held[request.request_id] = request
+        else:
+            self._forget(request)
+
+    def _forget(self, request: Request) -> None:
+        self._free_blocks(request)
+        self.held.pop(request.request_id, None)
+        del self._requests[request.request_id]
+
+    def _free_blocks(self, request: Request) -> None:
+        self.pool.free(request.block_ids)
+        request.block_ids = []
+        request.num_named_blocks = 0
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.config.block_size)
+
+
+def _finish_reason(request: Request) -> FinishReason | None:
+    if request.token_ids[-1] in request.stop_token_ids:
+        return FinishReason.STOP
+    if request.num_output_tokens >= request.max_tokens:
+        return FinishReason.LENGTH
+    return None

@@ -1,0 +1,1 @@
+"""Computes tokens: scheduler, KV cache, model and sampler, put together."""

@@ -1,0 +1,66 @@
+"""What an engine is told, and what it says of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from relevo.core.errors import StartupError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+LoadFormat = Literal["auto", "dummy"]
+Device = Literal["auto", "cpu", "cuda"]
+AttentionBackend = Literal["auto", "reference", "cpu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Raises StartupError for values that can't work together.
+
+    model: Hugging Face id, local folder, or None for the demo model
+    dtype: of weights, activations and KV; auto takes the checkpoint's
+    max_model_len: tokens of prompt and output together; None takes the model's
+    block_size: tokens in a KV block
+    kv_cache_memory: bytes
+    max_num_seqs: requests computed at the same time
+    max_num_batched_tokens: tokens computed in one step
+    load_format: dummy makes random weights from config.json alone, by `seed`
+    """
+
+    model: str | None = None
+    dtype: Dtype = "auto"
+    max_model_len: int | None = None
+    block_size: int = 16
+    kv_cache_memory: int = 1 << 30
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 1024
+    load_format: LoadFormat = "auto"
+    seed: int = 0
+    device: Device = "auto"
+    attention_backend: AttentionBackend = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "kv_cache_memory", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise StartupError(f"{name} must be at least 1, not {value}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise StartupError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}): every running request computes a token a step"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """fingerprint: 32 bytes; engines that share it can exchange blocks."""
+
+    model_name: str
+    fingerprint: bytes
+    block_size: int
+    block_bytes: int
+    num_blocks: int
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    max_num_seqs: int

@@ -1,0 +1,250 @@
+"""The engine: requests in, steps, tokens out. One thread at a time; no I/O, no asyncio."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+import psutil
+import torch
+
+from relevo.core.block_hash import root_hash
+from relevo.core.block_pool import BlockPool
+from relevo.core.errors import InvalidRequest, StartupError
+from relevo.core.request import FinishReason, Request
+from relevo.core.sampling_params import SamplingParams
+from relevo.core.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
+from relevo.engine.config import EngineConfig, EngineInfo
+from relevo.engine.kv_cache import KVCache
+from relevo.engine.model_runner import ModelRunner
+from relevo.engine.sampler import SampledToken, Sampler
+from relevo.engine.step_result import Computed, EndedRequest, EngineLoad, NewTokens, Reserved, StepResult
+from relevo.kernels import Kernels, load_backend
+from relevo.model_files import generation_defaults, resolve_model
+from relevo.models.layout import KVLayout
+from relevo.models.loader import load_model
+
+logger = logging.getLogger(__name__)
+
+RATE_WEIGHT = 0.1  # of the newest measurement in the means that EngineLoad reports
+
+
+class Engine:
+    """Continuous batching over one model on one device. Raises StartupError if it can't be built."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        files = resolve_model(config.model)
+        device = _choose_device(config.device)
+        kernels = load_backend(config.attention_backend, device.type)
+        model = load_model(
+            files,
+            dtype=config.dtype,
+            device=device,
+            load_format=config.load_format,
+            seed=config.seed,
+            kernels=kernels,
+        )
+        layout = KVLayout(layers=model.layout_layers, dtype=model.dtype, block_size=config.block_size)
+        num_blocks = _num_blocks(config, layout, device)
+        max_model_len = _max_model_len(config, model.max_model_len, num_blocks)
+        eos_token_ids = generation_defaults(files).eos_token_ids
+        self.info = EngineInfo(
+            model_name=files.name,
+            fingerprint=layout.fingerprint(*model.fingerprint_parts),
+            block_size=config.block_size,
+            block_bytes=layout.block_bytes,
+            num_blocks=num_blocks,
+            max_model_len=max_model_len,
+            vocab_size=model.vocab_size,
+            eos_token_ids=eos_token_ids,
+            max_num_seqs=config.max_num_seqs,
+        )
+        self.kv_cache = KVCache(layout, num_blocks, device)
+        self.scheduler = Scheduler(
+            SchedulerConfig(config.max_num_seqs, config.max_num_batched_tokens, config.block_size),
+            BlockPool(num_blocks),
+        )
+        self._runner = ModelRunner(model, self.kv_cache, kernels, Sampler(model.vocab_size, device), eos_token_ids)
+        self._cancelled: list[EndedRequest] = []
+        self._prefill_tokens_per_second = 0.0
+        self._step_seconds = 0.0
+        self._warm_up(kernels, model.dtype)
+
+    def make_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        cache_salt: str = "",
+        await_kv: bool = False,
+        hold_blocks: bool = False,
+    ) -> Request:
+        """A request that this engine can serve. Any thread. Raises InvalidRequest naming what is wrong with it.
+
+        sampling.seed must be set; sampling.max_tokens None becomes what is left of the context.
+        """
+        num_prompt_tokens = len(prompt_token_ids)
+        max_model_len = self.info.max_model_len
+        if num_prompt_tokens == 0:
+            raise InvalidRequest("the prompt is empty", "prompt")
+        if num_prompt_tokens >= max_model_len:
+            raise InvalidRequest(
+                f"the prompt has {num_prompt_tokens} tokens; the context of {max_model_len} takes at most one less",
+                "prompt",
+            )
+        if min(prompt_token_ids) < 0 or max(prompt_token_ids) >= self.info.vocab_size:
+            raise InvalidRequest(f"token ids must be from 0 to {self.info.vocab_size - 1}", "prompt")
+        if sampling.seed is None:
+            raise InvalidRequest("seed must be set where a request reaches the engine", "seed")
+        room = max_model_len - num_prompt_tokens
+        stop_token_ids = frozenset(sampling.stop_token_ids)
+        if not sampling.ignore_eos:
+            stop_token_ids |= frozenset(self.info.eos_token_ids)
+        return Request(
+            request_id=request_id,
+            token_ids=list(prompt_token_ids),
+            num_prompt_tokens=num_prompt_tokens,
+            sampling=sampling,
+            max_tokens=room if sampling.max_tokens is None else min(sampling.max_tokens, room),
+            stop_token_ids=stop_token_ids,
+            root_hash=root_hash(self.info.fingerprint, cache_salt=cache_salt),
+            block_size=self.info.block_size,
+            await_kv=await_kv,
+            hold_blocks=hold_blocks,
+        )
+
+    def submit(self, request: Request) -> None:
+        self.scheduler.add(request)
+
+    def resume(self, request_id: str, num_computed_tokens: int, token_ids: list[int]) -> None:
+        """See Scheduler.resume. A first token sampled elsewhere never ends a request: whoever sampled it would have."""
+        self.scheduler.resume(request_id, num_computed_tokens, token_ids)
+
+    def abort(self, request_id: str) -> None:
+        """End a request and free its blocks; the next step tells, if it had not ended before."""
+        request = self.scheduler.abort(request_id)
+        if request is not None:
+            self._cancelled.append(EndedRequest(request_id, FinishReason.CANCELLED, request.num_cached_tokens))
+
+    def release(self, request_id: str) -> None:
+        self.scheduler.release(request_id)
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.scheduler.waiting or self.scheduler.running or self.scheduler.waiting_for_kv)
+
+    def step(self) -> StepResult:
+        output = self.scheduler.schedule()
+        started = time.perf_counter()
+        sampled = self._runner.run(output.scheduled) if output.scheduled else {}
+        self._measure(output, time.perf_counter() - started)
+        ended = self.scheduler.update(output, {name: token.token_id for name, token in sampled.items()})
+        return self._result(output, sampled, ended)
+
+    def load(self) -> EngineLoad:
+        scheduler = self.scheduler
+        unfinished = [*scheduler.running, *scheduler.waiting, *scheduler.waiting_for_kv.values()]
+        return EngineLoad(
+            num_running=len(scheduler.running) + len(scheduler.waiting_for_kv),
+            num_waiting=len(scheduler.waiting),
+            num_waiting_tokens=sum(request.num_uncomputed_tokens for request in unfinished),
+            num_free_blocks=scheduler.pool.num_free_blocks,
+            prefill_tokens_per_second=self._prefill_tokens_per_second,
+            step_seconds=self._step_seconds,
+        )
+
+    def _result(self, output: SchedulerOutput, sampled: dict[str, SampledToken], ended: list[Request]) -> StepResult:
+        stored, removed = self.scheduler.pool.drain_events()
+        cancelled, self._cancelled = self._cancelled, []
+        return StepResult(
+            load=self.load(),
+            reserved=[
+                Reserved(r.request_id, r.block_ids[: r.num_prompt_tokens // r.block_size], r.num_computed_tokens)
+                for r in output.reserved
+            ],
+            admitted=[request.request_id for request in output.admitted],
+            computed=[
+                Computed(entry.request.request_id, entry.request.num_computed_tokens, list(entry.request.block_ids))
+                for entry in output.scheduled
+                if entry.request.hold_blocks
+            ],
+            tokens=[
+                NewTokens(name, [token.token_id], [token.logprobs] if token.logprobs else [])
+                for name, token in sampled.items()
+            ],
+            ended=cancelled
+            + [EndedRequest(r.request_id, r.finish_reason, r.num_cached_tokens) for r in ended if r.finish_reason],
+            stored=stored,
+            removed=removed,
+            num_scheduled_tokens=output.num_scheduled_tokens,
+        )
+
+    def _measure(self, output: SchedulerOutput, seconds: float) -> None:
+        if not output.scheduled:
+            return
+        if output.num_scheduled_tokens > len(output.scheduled):
+            rate = output.num_scheduled_tokens / seconds
+            self._prefill_tokens_per_second = _mean(self._prefill_tokens_per_second, rate)
+        else:
+            self._step_seconds = _mean(self._step_seconds, seconds)
+
+    def _warm_up(self, kernels: Kernels, dtype: torch.dtype) -> None:
+        """Compute a few tokens, so that the first request doesn't pay for what is set up lazily."""
+        started = time.perf_counter()
+        kernels.warm_up(dtype)
+        prompt = [0] * min(2 * self.info.block_size + 1, self.info.max_model_len - 2)
+        if prompt:
+            self.submit(self.make_request("warm-up", prompt, SamplingParams(max_tokens=2, temperature=0.0, seed=0)))
+        while self.has_unfinished_requests:
+            self.step()
+        self.scheduler = Scheduler(self.scheduler.config, BlockPool(self.info.num_blocks))
+        self._prefill_tokens_per_second = self._step_seconds = 0.0
+        logger.debug("warm-up took %.2f s", time.perf_counter() - started)
+
+
+def _mean(mean: float, value: float) -> float:
+    return value if mean == 0.0 else mean + RATE_WEIGHT * (value - mean)
+
+
+def _choose_device(device: str) -> torch.device:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise StartupError("device cuda was asked for, but torch finds no CUDA device; use --device cpu")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def _num_blocks(config: EngineConfig, layout: KVLayout, device: torch.device) -> int:
+    num_blocks = config.kv_cache_memory // layout.block_bytes
+    if num_blocks < 2:
+        raise StartupError(
+            f"kv_cache_memory of {config.kv_cache_memory} bytes holds {num_blocks} blocks of {layout.block_bytes} "
+            "bytes; at least 2 are needed"
+        )
+    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if num_blocks * layout.block_bytes > available:
+        raise StartupError(
+            f"kv_cache_memory of {config.kv_cache_memory / 2**30:.2f} GiB does not fit: "
+            f"{available / 2**30:.2f} GiB are free on {device.type} after loading the model"
+        )
+    return num_blocks
+
+
+def _max_model_len(config: EngineConfig, model_limit: int, num_blocks: int) -> int:
+    """The least of what was asked for, what the model knows positions for, and what the cache holds for a request."""
+    if config.max_model_len is not None and config.max_model_len > model_limit:
+        raise StartupError(
+            f"max_model_len {config.max_model_len} is beyond the model's context of {model_limit} tokens"
+        )
+    wanted = config.max_model_len or model_limit
+    capacity = num_blocks * config.block_size
+    if config.max_model_len is not None and config.max_model_len > capacity:
+        raise StartupError(
+            f"max_model_len {config.max_model_len} does not fit the KV cache, which holds {capacity} tokens; "
+            "raise kv_cache_memory or lower max_model_len"
+        )
+    if wanted > capacity:
+        logger.warning("the KV cache holds %d tokens: max_model_len is %d instead of %d", capacity, capacity, wanted)
+    return min(wanted, capacity)

@@ -1,0 +1,80 @@
+"""Runs the model over what the scheduler chose: one flat batch, no padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from relevo.core.scheduler import ScheduledRequest
+from relevo.engine.kv_cache import KVCache
+from relevo.engine.sampler import SampledToken, Sampler, SamplingRow
+from relevo.kernels import Kernels
+from relevo.kernels.metadata import AttentionMetadata
+from relevo.models.attention import AttentionContext
+from relevo.models.causal_lm import CausalLM
+
+
+class ModelRunner:
+    """One step on the device: inputs and attention metadata, forward, sampling."""
+
+    def __init__(
+        self, model: CausalLM, kv_cache: KVCache, kernels: Kernels, sampler: Sampler, eos_token_ids: tuple[int, ...]
+    ) -> None:
+        self.model = model
+        self.kv_cache = kv_cache
+        self.kernels = kernels
+        self.sampler = sampler
+        self.eos_token_ids = eos_token_ids
+        self.device = kv_cache.storage.device
+        self.block_size = kv_cache.layout.block_size
+
+    def run(self, scheduled: Sequence[ScheduledRequest]) -> dict[str, SampledToken]:
+        """Compute the scheduled tokens; returns the next token of each request whose known tokens are all computed."""
+        token_ids: list[int] = []
+        last_rows: list[int] = []  # of the requests that sample: where their last token is in the flat batch
+        rows: list[SamplingRow] = []
+        names: list[str] = []
+        for entry in scheduled:
+            request = entry.request
+            start = request.num_computed_tokens
+            token_ids += request.token_ids[start : start + entry.num_scheduled_tokens]
+            if entry.samples:
+                names.append(request.request_id)
+                last_rows.append(len(token_ids) - 1)
+                rows.append(
+                    SamplingRow(request.sampling, request.token_ids, request.num_prompt_tokens, self.eos_token_ids)
+                )
+        positions, metadata = self._metadata(scheduled)
+        logits = self.model.forward(
+            torch.tensor(token_ids, device=self.device),
+            positions,
+            AttentionContext(metadata=metadata, layers=self.kv_cache.layers, kernels=self.kernels),
+            torch.tensor(last_rows, dtype=torch.int64, device=self.device),
+        )
+        return dict(zip(names, self.sampler.sample(logits, rows), strict=True)) if rows else {}
+
+    def _metadata(self, scheduled: Sequence[ScheduledRequest]) -> tuple[torch.Tensor, AttentionMetadata]:
+        counts = np.array([entry.num_scheduled_tokens for entry in scheduled], dtype=np.int32)
+        starts = np.array([entry.request.num_computed_tokens for entry in scheduled], dtype=np.int32)
+        cu_seqlens_q = np.zeros(len(scheduled) + 1, dtype=np.int32)
+        np.cumsum(counts, out=cu_seqlens_q[1:])
+        positions = np.arange(cu_seqlens_q[-1], dtype=np.int64) + np.repeat(starts - cu_seqlens_q[:-1], counts)
+
+        block_table = np.zeros((len(scheduled), max(len(e.request.block_ids) for e in scheduled)), dtype=np.int32)
+        for row, entry in enumerate(scheduled):
+            block_table[row, : len(entry.request.block_ids)] = entry.request.block_ids
+        block_ids = block_table[np.repeat(np.arange(len(scheduled)), counts), positions // self.block_size]
+        slot_mapping = block_ids.astype(np.int64) * self.block_size + positions % self.block_size
+
+        seq_lens = starts + counts
+        metadata = AttentionMetadata(
+            block_table=torch.from_numpy(block_table).to(self.device),
+            slot_mapping=torch.from_numpy(slot_mapping).to(self.device),
+            seq_lens=torch.from_numpy(seq_lens).to(self.device),
+            cu_seqlens_q=torch.from_numpy(cu_seqlens_q).to(self.device),
+            max_query_len=int(counts.max()),
+            max_seq_len=int(seq_lens.max()),
+        )
+        return torch.from_numpy(positions).to(self.device), metadata

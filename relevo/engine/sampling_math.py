@@ -1,0 +1,108 @@
+"""Drawing a token from logits so that the draw depends on nothing but its own row.
+
+A row's result must be the same alone, in any batch and after any preemption. So the one random number of a token is a
+function of (seed, position), and probabilities become whole numbers before they are added: sums of whole numbers below
+2**53 are exact in float64, hence the same in whatever order a device adds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Probabilities in units of 2**-50: a sum of them stays below 2**53 (exact), and what falls below one unit is never drawn.
+PROBABILITY_UNITS = float(2**50)
+
+NUCLEUS_GUESS = 512  # likeliest tokens looked at first for top_p; eight times as many while they do not hold its mass
+
+_MASK64 = 2**64 - 1
+_GOLDEN_GAMMA = 0x9E3779B97F4A7C15
+
+
+def uniform(seed: int, position: int) -> float:
+    """The random number in [0, 1) for the token at `position` of a sequence: 53 bits of a hash of (seed, position).
+
+    SplitMix64 at a place that itself is a SplitMix64 hash of the seed (Steele, Lea & Flood 2014, "Fast splittable
+    pseudorandom number generators"; the mixing function is Stafford's variant 13). Plain integers: the same everywhere.
+    """
+    state = _mix64(seed + _GOLDEN_GAMMA) + (position + 1) * _GOLDEN_GAMMA
+    return (_mix64(state) >> 11) * 2.0**-53
+
+
+def _mix64(z: int) -> int:
+    z &= _MASK64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return z ^ (z >> 31)
+
+
+def filtered_weights(
+    logits: Tensor,
+    temperature: Sequence[float],
+    min_p: Sequence[float] | None = None,
+    top_k: Sequence[int] | None = None,
+    top_p: Sequence[float] | None = None,
+) -> Tensor:
+    """What each token weighs in the draw: a whole number, 0 for a token that is excluded.
+
+    logits: [n, vocab] float32, each row's maximum finite; the rest one value a row, the filters None where no row
+    wants them (min_p 0, top_k >= vocab and top_p 1 leave a row as it is). Returns [n, vocab] float64.
+
+    In this order, each on what the one before it left: min_p keeps p >= min_p * max(p); top_k keeps all that are no
+    less likely than the k-th; top_p keeps the fewest likeliest tokens that hold this much, of equals those with the
+    lowest ids (Holtzman et al. 2020, "The curious case of neural text degeneration").
+    """
+    scaled = logits / _column(temperature, logits)
+    probs = scaled.softmax(dim=-1)
+    if min_p is not None:
+        probs.masked_fill_(probs < _column(min_p, logits) * probs.amax(dim=-1, keepdim=True), 0.0)
+    if top_k is not None:
+        vocab = logits.shape[1]
+        ranks = [min(k, vocab) for k in top_k]
+        likeliest = scaled.topk(max(ranks), dim=-1).values
+        kth = likeliest.gather(1, torch.tensor(ranks, device=logits.device).unsqueeze(1) - 1)
+        probs.masked_fill_(scaled < kth, 0.0)
+    weights = probs.to(torch.float64).mul_(PROBABILITY_UNITS).floor_()
+    if top_p is not None:
+        _keep_nucleus(weights, _column(top_p, weights))
+    return weights
+
+
+def draw(weights: Tensor, uniforms: Sequence[float]) -> Tensor:
+    """Invert the cumulative distribution, tokens in the order of their ids, at one number in [0, 1) a row.
+
+    weights: [n, vocab] float64 of whole numbers, none negative, not all 0. Returns ids, [n] int64; never one of weight 0.
+    """
+    cumulative = weights.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    # Rounding up to `total` itself would point past the last token that may be drawn.
+    target = torch.minimum((_column(uniforms, weights) * total).floor_(), total - 1.0)
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+
+
+def _keep_nucleus(weights: Tensor, top_p: Tensor) -> None:
+    """Set to 0 what is outside each row's nucleus. weights: [n, vocab]; top_p: [n, 1]."""
+    vocab = weights.shape[1]
+    wanted = (top_p * weights.sum(dim=-1, keepdim=True)).ceil_()
+    num_looked_at = min(NUCLEUS_GUESS, vocab)
+    while True:
+        likeliest = weights.topk(num_looked_at, dim=-1).values
+        cumulative = likeliest.cumsum(dim=-1)
+        if num_looked_at == vocab or bool((cumulative[:, -1:] >= wanted).all()):
+            break
+        num_looked_at = min(num_looked_at * 8, vocab)
+    # The least likely token of the nucleus has weight `edge`; of those that weigh the same, `num_at_edge` belong to it.
+    edge_index = torch.searchsorted(cumulative, wanted).clamp_(max=num_looked_at - 1)
+    edge = likeliest.gather(1, edge_index)
+    above = likeliest.where(likeliest > edge, 0.0).sum(dim=-1, keepdim=True)
+    num_at_edge = ((wanted - above) / edge).ceil_()
+    at_edge = weights == edge
+    if bool((at_edge.sum(dim=-1, keepdim=True) > num_at_edge).any()):
+        at_edge &= at_edge.cumsum(dim=-1) <= num_at_edge
+    weights.masked_fill_(~(at_edge | (weights > edge)), 0.0)
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)

@@ -1,0 +1,73 @@
+"""What one step brought: plain data, the engine's only way to speak."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from relevo.core.block_hash import BlockHash
+from relevo.core.request import FinishReason
+from relevo.engine.sampler import TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """An await_kv request has its blocks. block_ids: of the prompt's full blocks; the first are filled already."""
+
+    request_id: str
+    block_ids: list[int]
+    num_cached_tokens: int  # a multiple of block_size
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A hold_blocks request has KV for [0, num_computed_tokens)."""
+
+    request_id: str
+    num_computed_tokens: int
+    block_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class NewTokens:
+    request_id: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs]  # empty, or one a token
+
+
+@dataclass(frozen=True, slots=True)
+class EndedRequest:
+    request_id: str
+    finish_reason: FinishReason
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """Rates are exponentially weighted means over recent steps; 0 until measured."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_waiting_tokens: int = 0  # known and not computed, of all requests
+    num_free_blocks: int = 0
+    prefill_tokens_per_second: float = 0.0
+    step_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """stored and removed are block names, disjoint: the net change of what the pool holds."""
+
+    load: EngineLoad
+    reserved: list[Reserved] = field(default_factory=list)
+    admitted: list[str] = field(default_factory=list)
+    computed: list[Computed] = field(default_factory=list)
+    tokens: list[NewTokens] = field(default_factory=list)
+    ended: list[EndedRequest] = field(default_factory=list)
+    stored: list[BlockHash] = field(default_factory=list)
+    removed: list[BlockHash] = field(default_factory=list)
+    num_scheduled_tokens: int = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Nobody needs to hear of it."""
+        return not (self.num_scheduled_tokens or self.reserved or self.ended or self.stored or self.removed)

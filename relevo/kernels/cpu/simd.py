@@ -1,0 +1,233 @@
+"""Vectors of eight float32 for compiled code, and loads and stores at plain addresses.
+
+LLVM does not find the register blocking that attention wants in loops over arrays, so the kernels say it: a
+`Vector` is one AVX register (two NEON ones), and `fma(a, b, c)` is one instruction. An address is an int64 in
+bytes, so that one compiled function serves every dtype, stride and rank. Nothing is checked here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core.datamodel.models import PrimitiveModel
+from numba.extending import register_model
+
+from relevo.kernels.cpu.jit import intrinsic, jit
+
+LANES = 8
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # element types of the caller's tensors
+
+_F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_VF32, _VI16, _VI32 = (ir.VectorType(lane, LANES) for lane in (_F32, _I16, _I32))
+_VF16 = ir.VectorType(ir.HalfType(), LANES)
+
+
+class VectorType(types.Type):  # type: ignore[misc]  # numba ships no types
+    """Eight float32 in a register."""
+
+    def __init__(self) -> None:
+        super().__init__(name="float32x8")
+
+
+vector = VectorType()
+
+
+@register_model(VectorType)  # type: ignore[untyped-decorator]  # numba ships no types
+class _VectorModel(PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, numba_type: Any) -> None:
+        super().__init__(manager, numba_type, _VF32)
+
+
+def _operation(result: Any, emit: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+    """A compiled function of up to three arguments whose body is what `emit(builder, *values)` builds."""
+    signature = result(*arguments)
+
+    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        emitted = emit(builder, *values)
+        return context.get_dummy_value() if result == types.void else emitted
+
+    def of_one(typing_context: Any, a: Any) -> Any:
+        return signature, generate
+
+    def of_two(typing_context: Any, a: Any, b: Any) -> Any:
+        return signature, generate
+
+    def of_three(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
+        return signature, generate
+
+    return intrinsic((of_one, of_two, of_three)[len(arguments) - 1])
+
+
+def _pointer(builder: Any, address: Any, pointee: Any) -> Any:
+    return builder.inttoptr(address, pointee.as_pointer())
+
+
+def _load(builder: Any, address: Any, pointee: Any) -> Any:
+    loaded = builder.load(_pointer(builder, address, pointee))
+    loaded.align = 4 if pointee in (_VF32, _F32, _I32) else 2
+    return loaded
+
+
+def _store(builder: Any, address: Any, value: Any) -> None:
+    stored = builder.store(value, _pointer(builder, address, value.type))
+    stored.align = 4 if value.type in (_VF32, _F32) else 2
+
+
+def _call(builder: Any, name: str, *values: Any) -> Any:
+    kind = values[0].type
+    suffix = "f32" if kind == _F32 else f"v{LANES}f32"
+    function_type = ir.FunctionType(kind, [value.type for value in values])
+    function = builder.module.globals.get(f"{name}.{suffix}") or ir.Function(
+        builder.module, function_type, f"{name}.{suffix}"
+    )
+    return builder.call(function, values)
+
+
+def _splat(builder: Any, scalar: Any) -> Any:
+    lane_zero = builder.insert_element(ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined), scalar, _I32(0))
+    mask = ir.Constant(_VI32, [0] * LANES)
+    return builder.shuffle_vector(lane_zero, ir.Constant(lane_zero.type, ir.Undefined), mask)
+
+
+def _constant(value: float, lane: Any = _F32) -> Any:
+    return ir.Constant(ir.VectorType(lane, LANES), [value] * LANES)
+
+
+def _from_bfloat16(builder: Any, bits: Any, wide: Any, result: Any) -> Any:
+    shifted = builder.shl(builder.zext(bits, wide), _constant(16, _I32) if wide == _VI32 else _I32(16))
+    return builder.bitcast(shifted, result)
+
+
+def _store_bfloat16(builder: Any, address: Any, value: Any) -> None:
+    """Round to nearest, ties to even, as torch does; a NaN stays one because attention's are quiet."""
+    bits = builder.bitcast(value, _VI32)
+    odd = builder.and_(builder.lshr(bits, _constant(16, _I32)), _constant(1, _I32))
+    rounded = builder.add(bits, builder.add(odd, _constant(0x7FFF, _I32)))
+    _store(builder, address, builder.trunc(builder.lshr(rounded, _constant(16, _I32)), _VI16))
+
+
+def _exp(builder: Any, x: Any) -> Any:
+    """Cephes' expf, without its table: relative error under 2e-7, and exactly 0 below -87."""
+    vanishes = builder.fcmp_ordered("<", x, _constant(-87.0))
+    x = builder.select(vanishes, _constant(-87.0), x)
+    exponent = _call(builder, "llvm.rint", builder.fmul(x, _constant(1.44269504088896341)))
+    # x = exponent * ln 2 + rest, ln 2 in two parts so that the difference is exact
+    rest = _call(builder, "llvm.fma", exponent, _constant(-0.693359375), x)
+    rest = _call(builder, "llvm.fma", exponent, _constant(2.12194440e-4), rest)
+    series = _constant(1.9875691500e-4)
+    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1.0, 1.0):
+        series = _call(builder, "llvm.fma", series, rest, _constant(coefficient))
+    biased = builder.add(builder.fptosi(exponent, _VI32), _constant(127, _I32))
+    power = builder.bitcast(builder.shl(biased, _constant(23, _I32)), _VF32)
+    return builder.select(vanishes, _constant(0.0), builder.fmul(series, power))
+
+
+def _tanh(builder: Any, x: Any) -> Any:
+    """(1 - e^-2|x|) / (1 + e^-2|x|) with x's sign: absolute error under 3e-7, which is what logits need."""
+    one = _constant(1.0)
+    shrunk = _exp(builder, builder.fmul(_call(builder, "llvm.fabs", x), _constant(-2.0)))
+    return _call(builder, "llvm.copysign", builder.fdiv(builder.fsub(one, shrunk), builder.fadd(one, shrunk)), x)
+
+
+_address, _float, _int = types.int64, types.float32, types.int64
+
+# Vectors: arithmetic.
+splat = _operation(vector, _splat, _float)
+fma = _operation(vector, lambda b, x, y, z: _call(b, "llvm.fma", x, y, z), vector, vector, vector)
+add = _operation(vector, lambda b, x, y: b.fadd(x, y), vector, vector)
+subtract = _operation(vector, lambda b, x, y: b.fsub(x, y), vector, vector)
+multiply = _operation(vector, lambda b, x, y: b.fmul(x, y), vector, vector)
+divide = _operation(vector, lambda b, x, y: b.fdiv(x, y), vector, vector)
+maximum = _operation(vector, lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y), vector, vector)
+exp = _operation(vector, _exp, vector)
+tanh = _operation(vector, _tanh, vector)
+
+first_lane = _operation(_float, lambda b, x: b.extract_element(x, _I32(0)), vector)
+
+# Vectors: memory.
+load = _operation(vector, lambda b, at: _load(b, at, _VF32), _address)
+load_bfloat16 = _operation(vector, lambda b, at: _from_bfloat16(b, _load(b, at, _VI16), _VI32, _VF32), _address)
+load_float16 = _operation(vector, lambda b, at: b.fpext(_load(b, at, _VF16), _VF32), _address)
+store = _operation(types.void, _store, _address, vector)
+store_bfloat16 = _operation(types.void, _store_bfloat16, _address, vector)
+store_float16 = _operation(types.void, lambda b, at, x: _store(b, at, b.fptrunc(x, _VF16)), _address, vector)
+broadcast = _operation(vector, lambda b, at: _splat(b, _load(b, at, _F32)), _address)
+
+# Scalars.
+load_float = _operation(_float, lambda b, at: _load(b, at, _F32), _address)
+store_float = _operation(types.void, _store, _address, _float)
+load_int32 = _operation(_int, lambda b, at: b.sext(_load(b, at, _I32), _I64), _address)
+load_int64 = _operation(_int, lambda b, at: _load(b, at, _I64), _address)
+_load_bfloat16_scalar = _operation(
+    _float, lambda b, at: _from_bfloat16(b, _load(b, at, _I16), _I32, _F32), _address
+)
+_load_float16_scalar = _operation(_float, lambda b, at: b.fpext(_load(b, at, ir.HalfType()), _F32), _address)
+
+
+def _prefetch(builder: Any, address: Any) -> None:
+    byte_pointer = ir.IntType(8).as_pointer()
+    function_type = ir.FunctionType(ir.VoidType(), [byte_pointer, _I32, _I32, _I32])
+    name = "llvm.prefetch.p0i8"
+    function = builder.module.globals.get(name) or ir.Function(builder.module, function_type, name)
+    builder.call(function, [builder.inttoptr(address, byte_pointer), _I32(0), _I32(3), _I32(1)])
+
+
+def _copy(builder: Any, target: Any, source: Any, num_bytes: Any) -> None:
+    byte_pointer = ir.IntType(8).as_pointer()
+    function_type = ir.FunctionType(ir.VoidType(), [byte_pointer, byte_pointer, _I64, ir.IntType(1)])
+    name = "llvm.memcpy.p0i8.p0i8.i64"
+    function = builder.module.globals.get(name) or ir.Function(builder.module, function_type, name)
+    pointers = [builder.inttoptr(target, byte_pointer), builder.inttoptr(source, byte_pointer)]
+    builder.call(function, [*pointers, num_bytes, ir.IntType(1)(0)])
+
+
+prefetch = _operation(types.void, _prefetch, _address)
+copy_bytes = _operation(types.void, _copy, _address, _address, types.int64)
+# Adds to an int64 that several threads count with, and returns what it was before.
+fetch_add = _operation(
+    types.int64, lambda b, at, n: b.atomic_rmw("add", _pointer(b, at, _I64), n, "seq_cst"), _address, types.int64
+)
+
+
+@jit
+def widen(target: int, source: int, count: int, element: int) -> None:
+    """Read `count` contiguous elements of any supported type and write them as float32."""
+    whole = count - count % LANES
+    if element == BFLOAT16:
+        for i in range(0, whole, LANES):
+            store(target + 4 * i, load_bfloat16(source + 2 * i))
+        for i in range(whole, count):
+            store_float(target + 4 * i, _load_bfloat16_scalar(source + 2 * i))
+    elif element == FLOAT16:
+        for i in range(0, whole, LANES):
+            store(target + 4 * i, load_float16(source + 2 * i))
+        for i in range(whole, count):
+            store_float(target + 4 * i, _load_float16_scalar(source + 2 * i))
+    else:
+        copy_bytes(target, source, 4 * count)
+
+
+@jit
+def narrow(target: int, source: int, count: int, element: int, scratch: int) -> None:
+    """Write `count` float32 as elements of any supported type; `source` is readable to a whole vector's end."""
+    whole = count - count % LANES
+    for i in range(0, whole, LANES):
+        if element == BFLOAT16:
+            store_bfloat16(target + 2 * i, load(source + 4 * i))
+        elif element == FLOAT16:
+            store_float16(target + 2 * i, load(source + 4 * i))
+        else:
+            store(target + 4 * i, load(source + 4 * i))
+    if whole < count:
+        rest = load(source + 4 * whole)
+        if element == BFLOAT16:
+            store_bfloat16(scratch, rest)
+        elif element == FLOAT16:
+            store_float16(scratch, rest)
+        else:
+            store(scratch, rest)
+        size = 4 if element == FLOAT32 else 2
+        copy_bytes(target + size * whole, scratch, size * (count - whole))

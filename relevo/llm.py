@@ -1,0 +1,201 @@
+"""The offline door: LLM(model).generate(prompts, SamplingParams(...)), with no service running."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from relevo.core.errors import InvalidRequest
+from relevo.core.request import FinishReason
+from relevo.core.sampling_params import MAX_SEED, SamplingParams
+from relevo.detokenizer import Detokenizer
+from relevo.engine.config import EngineConfig
+from relevo.engine.engine import Engine
+from relevo.engine.sampler import TokenLogprobs
+from relevo.engine.step_result import StepResult
+from relevo.model_files import GenerationDefaults, generation_defaults, resolve_model
+from relevo.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One prompt's answer. text is cut before a stop string; token_ids hold every token that it took."""
+
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    text: str
+    finish_reason: FinishReason
+    logprobs: list[TokenLogprobs]
+    num_cached_tokens: int
+
+
+class LLM:
+    """A model, ready to generate. Options are those of EngineConfig: LLM("…", dtype="bfloat16", max_num_seqs=8).
+
+    Raises StartupError if the model can't be loaded.
+    """
+
+    def __init__(self, model: str | None = None, **options: Any) -> None:
+        self._engine = Engine(EngineConfig(model=model, **options))
+        files = resolve_model(model)
+        self.tokenizer: Tokenizer | None = Tokenizer.from_files(files)
+        self._defaults = generation_defaults(files)
+        self._num_requests = 0
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[Completion]:
+        """One completion a prompt, in order. A prompt is text or token ids. Without `sampling`: the model's defaults.
+
+        Raises InvalidRequest for a prompt or parameter that can't be served; then nothing is generated.
+        """
+        token_lists = [self._encode(prompt) for prompt in _prompt_list(prompts)]
+        if sampling is None:
+            sampling = default_sampling(self._defaults)
+        params = [sampling] * len(token_lists) if isinstance(sampling, SamplingParams) else list(sampling)
+        if len(params) != len(token_lists):
+            raise InvalidRequest(f"{len(token_lists)} prompts, but {len(params)} sampling parameters", "sampling")
+        answers = [self._answer(ids, each) for ids, each in zip(token_lists, params, strict=True)]
+        self._run(answers, progress=progress)
+        return [answer.completion() for answer in answers]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[Completion]:
+        """Like generate, for a conversation or several of them: [{"role": "user", "content": "…"}, …]."""
+        if self.tokenizer is None:
+            raise InvalidRequest("this model has no tokenizer: it can't chat", "messages")
+        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        prompts = [
+            self.tokenizer.encode(self.tokenizer.render_chat([dict(m) for m in each]), add_special_tokens=False)
+            for each in conversations
+        ]
+        return self.generate(prompts, sampling, progress=progress)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise InvalidRequest("this model has no tokenizer: give token ids", "prompt")
+        return self.tokenizer.encode(prompt)
+
+    def _answer(self, token_ids: list[int], sampling: SamplingParams) -> _Answer:
+        if sampling.seed is None:
+            sampling = replace(sampling, seed=secrets.randbelow(MAX_SEED + 1))
+        detokenizer = Detokenizer(
+            self.tokenizer,
+            token_ids,
+            stop=sampling.stop,
+            skip_special_tokens=sampling.skip_special_tokens,
+            min_tokens=sampling.min_tokens,
+        )
+        self._num_requests += 1
+        request = self._engine.make_request(f"llm-{self._num_requests}", token_ids, sampling)
+        return _Answer(request.request_id, request, detokenizer)
+
+    def _run(self, answers: Sequence[_Answer], *, progress: bool) -> None:
+        open_answers = {answer.request_id: answer for answer in answers}
+        try:
+            for answer in answers:
+                self._engine.submit(answer.request)
+            with _progress_bar(len(answers), shown=progress) as advance:
+                while open_answers:
+                    self._take(self._engine.step(), open_answers, advance)
+        finally:
+            for request_id in open_answers:
+                self._engine.abort(request_id)
+
+    def _take(self, result: StepResult, open_answers: dict[str, _Answer], advance: Any) -> None:
+        for tokens in result.tokens:
+            answer = open_answers.get(tokens.request_id)
+            if answer is not None and answer.push(tokens.token_ids, tokens.logprobs):
+                self._engine.abort(tokens.request_id)
+        for ended in result.ended:
+            answer = open_answers.pop(ended.request_id, None)
+            if answer is not None:
+                answer.end(ended.finish_reason, ended.num_cached_tokens)
+                advance()
+
+
+class _Answer:
+    """One request under way."""
+
+    def __init__(self, request_id: str, request: Any, detokenizer: Detokenizer) -> None:
+        self.request_id = request_id
+        self.request = request
+        self._detokenizer = detokenizer
+        self._text: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._end: tuple[FinishReason, int] | None = None
+
+    def push(self, token_ids: list[int], logprobs: list[TokenLogprobs]) -> bool:
+        """Take tokens in; True when a stop string has just been found."""
+        if self._detokenizer.stopped:
+            return False
+        self._token_ids += token_ids
+        self._logprobs += logprobs
+        self._text.append(self._detokenizer.push(token_ids))
+        return self._detokenizer.stopped
+
+    def end(self, finish_reason: FinishReason, num_cached_tokens: int) -> None:
+        if self._detokenizer.stopped:
+            finish_reason = FinishReason.STOP
+        else:
+            self._text.append(self._detokenizer.finish())
+        self._end = finish_reason, num_cached_tokens
+
+    def completion(self) -> Completion:
+        assert self._end is not None, "has not ended"
+        return Completion(
+            prompt_token_ids=self.request.token_ids[: self.request.num_prompt_tokens],
+            token_ids=self._token_ids,
+            text="".join(self._text),
+            finish_reason=self._end[0],
+            logprobs=self._logprobs,
+            num_cached_tokens=self._end[1],
+        )
+
+
+def default_sampling(defaults: GenerationDefaults) -> SamplingParams:
+    """What the model's generation_config.json asks for."""
+    return SamplingParams(
+        max_tokens=defaults.max_tokens,
+        temperature=defaults.temperature,
+        top_p=defaults.top_p,
+        top_k=defaults.top_k,
+        min_p=defaults.min_p,
+        repetition_penalty=defaults.repetition_penalty,
+    )
+
+
+def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
+        return [prompts]  # type: ignore[list-item]  # the first item tells which of the two it is
+    return list(prompts)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _progress_bar(total: int, *, shown: bool) -> Iterator[Any]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, disable=not shown, transient=False) as bar:
+        task = bar.add_task("Prompts", total=total)
+        yield lambda: bar.advance(task)

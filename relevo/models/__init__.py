@@ -1,0 +1,1 @@
+"""Models of `transformers`, run over a paged KV cache."""

@@ -1,0 +1,58 @@
+"""A transformers model as the engine sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from relevo.core.block_hash import LayerShape
+from relevo.models.attention import Attention, AttentionContext
+from relevo.models.probe import LayerAttention
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CausalLM:
+    """layers: one entry a decoder layer: heads, shape of its KV, window, …
+
+    dtype: of weights and KV
+    vocab_size: rows of the logits
+    max_model_len: positions that the model can tell apart, prompt and output together
+    fingerprint_parts: model, revision and quantization, for KVLayout.fingerprint
+    model_kwargs: the keywords through which an attention reaches the model's modules
+    """
+
+    module: nn.Module
+    layers: tuple[LayerAttention, ...]
+    dtype: torch.dtype
+    vocab_size: int
+    max_model_len: int
+    fingerprint_parts: tuple[str, str, str]
+    model_kwargs: Callable[[Attention], Mapping[str, Any]]
+
+    @property
+    def layout_layers(self) -> tuple[LayerShape, ...]:
+        return tuple(layer.shape for layer in self.layers)
+
+    @torch.inference_mode()
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, context: AttentionContext, logits_indices: Tensor
+    ) -> Tensor:
+        """Compute a flat batch; writes its keys and values into the cache.
+
+        input_ids, positions: [num_tokens] int64, sequence after sequence, as context.metadata says
+        logits_indices:       [n] int64, the tokens whose next-token logits are wanted; n may be 0
+        returns: [n, vocab_size] float32, as the model's own forward gives them
+        """
+        output = self.module(
+            input_ids=input_ids[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=logits_indices,
+            **self.model_kwargs(context),
+        )
+        logits: Tensor = output.logits[0]
+        return logits.float()

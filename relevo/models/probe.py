@@ -1,0 +1,158 @@
+"""Finds out what KV a model keeps by running it once; refuses by name the models that paged attention cannot serve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from relevo.core.block_hash import LayerShape
+from relevo.core.errors import StartupError
+from relevo.models.attention import Attention, MaskFunction, described_mask
+
+NUM_PROBE_TOKENS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """One layer's attention as the model called it."""
+
+    layer_idx: int
+    heads: int
+    shape: LayerShape
+    scale: float
+    sliding_window: int | None
+    softcap: float | None
+    has_sinks: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """layers: one entry a decoder layer, in order; vocab_size: rows of the logits."""
+
+    layers: tuple[LayerAttention, ...]
+    vocab_size: int
+
+
+def unsupported(model: nn.Module, why: str) -> StartupError:
+    return StartupError(f"architecture {type(model).__name__} is not supported: {why}")
+
+
+def probe_model(
+    model: nn.Module,
+    num_layers: int,
+    max_model_len: int,
+    model_kwargs: Callable[[Attention], Mapping[str, Any]],
+    *,
+    check_masks: bool = True,
+) -> Probe:
+    """Run two tokens through a model that was loaded under PROBED, with an attention that only takes notes.
+
+    model_kwargs: the keywords through which an attention reaches the model's modules
+    check_masks: False where an adapter, not the model, says what is masked
+
+    Raises StartupError unless every decoder layer called attention exactly once, in order, and all of it is causal,
+    at most with a window.
+    """
+    recorder = _Recorder(max_model_len, check_masks)
+    device = next(model.parameters()).device
+    positions = torch.arange(NUM_PROBE_TOKENS, device=device)[None]
+    try:
+        with torch.inference_mode():
+            output = model(
+                input_ids=torch.zeros_like(positions),
+                position_ids=positions,
+                use_cache=False,
+                logits_to_keep=positions[0, -1:],
+                **model_kwargs(recorder),
+            )
+    except _Refused as refused:
+        raise unsupported(model, str(refused)) from None
+    found = [layer.layer_idx for layer in recorder.layers]
+    if found != list(range(num_layers)):
+        raise unsupported(model, _difference(found, num_layers))
+    return Probe(tuple(recorder.layers), output.logits.shape[-1])
+
+
+class _Refused(Exception):
+    """Why, as the rest of a sentence."""
+
+
+@dataclass
+class _Recorder:
+    """Stands in for AttentionContext; attends to nothing."""
+
+    max_model_len: int
+    check_masks: bool
+    layers: list[LayerAttention] = field(default_factory=list)
+    _seen: set[tuple[MaskFunction, int | None]] = field(default_factory=set)
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        layer_idx: int,
+        scale: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        name = type(module).__name__
+        if kwargs.get("position_bias") is not None:
+            raise _Refused(f"{name} adds a position bias to its attention")
+        if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+            raise _Refused(f"{name} is not causal")
+        if query.shape[0] != 1 or query.shape[2] != NUM_PROBE_TOKENS or key.shape[2] != NUM_PROBE_TOKENS:
+            raise _Refused(f"{name} attends to something other than the sequence itself")
+        if self.check_masks:
+            self._check_mask(name, described_mask(attention_mask), sliding_window)
+        self.layers.append(
+            LayerAttention(
+                layer_idx=layer_idx,
+                heads=query.shape[1],
+                shape=LayerShape(key.shape[1], key.shape[3], value.shape[3]),
+                scale=scale,
+                sliding_window=sliding_window,
+                softcap=softcap,
+                has_sinks=sinks is not None,
+            )
+        )
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
+
+    def _check_mask(self, name: str, mask: MaskFunction | None, window: int | None) -> None:
+        if mask is None:
+            raise _Refused(f"{name} does not use the attention mask that transformers makes for it")
+        if (mask, window) in self._seen:
+            return
+        last = self.max_model_len - 1
+        borders = (0, 1, 2) if window is None else (0, 1, 2, window - 1, window, window + 1)
+        for position in sorted({min(position, last) for position in (*borders, last)}):
+            keys = torch.arange(min(position + 2, self.max_model_len))
+            zero = torch.zeros((), dtype=torch.int64)
+            visible = mask(zero, zero, torch.tensor(position), keys).expand(keys.shape)
+            expected = keys <= position
+            if window is not None:
+                expected &= keys > position - window
+            if not torch.equal(visible, expected):
+                raise _Refused(f"{name} masks keys in another way than causally with one window")
+        self._seen.add((mask, window))
+
+
+def _difference(found: list[int], num_layers: int) -> str:
+    missing = sorted(set(range(num_layers)) - set(found))
+    if len(missing) == num_layers:
+        return "its attention is none that paged attention could replace"
+    if missing:
+        shown = ", ".join(map(str, missing[:4])) + (", …" if len(missing) > 4 else "")
+        return (
+            f"{len(missing)} of its {num_layers} layers have no attention over a KV cache of their own (layers {shown})"
+        )
+    return f"its {num_layers} layers call attention {len(found)} times, or not in order"

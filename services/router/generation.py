@@ -1,0 +1,66 @@
+"""The border inside the router: what dispatch offers, and what the HTTP edge makes answers of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from relevo.core.request import FinishReason
+from services.pb import messages_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class TokensEvent:
+    """Output tokens, in order. logprobs: empty, or one a token."""
+
+    token_ids: Sequence[int]
+    logprobs: Sequence[messages_pb2.TokenLogprobs] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EndEvent:
+    """The last event of a generation that did not fail.
+
+    num_cached_tokens: tokens of the prompt whose KV was not computed for this request
+    """
+
+    finish_reason: FinishReason
+    num_cached_tokens: int = 0
+
+
+class Generation(Protocol):
+    """One request on its way: any number of TokensEvents, then exactly one EndEvent, then StopAsyncIteration.
+
+    Iteration raises a RelevoError if the request failed: Exhausted, Unavailable, InvalidRequest, DeadlineExceeded …;
+    before any token or after some. It is the last thing that iteration does then.
+    """
+
+    def __aiter__(self) -> Generation: ...
+
+    async def __anext__(self) -> TokensEvent | EndEvent: ...
+
+    async def aclose(self) -> None:
+        """Cancels the request at every stage if it has not ended. Calling it twice, or after the end, is harmless."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What workers said of the model. max_model_len: tokens, prompt and output together."""
+
+    max_model_len: int
+    vocab_size: int
+    block_size: int
+
+
+class Dispatcher(Protocol):
+    """Places requests on workers and relays their tokens."""
+
+    def generate(self, request: messages_pb2.GenerationRequest) -> Generation:
+        """Nothing happens before the first `__anext__`."""
+
+    def model(self) -> ServedModel | None:
+        """None until some worker was seen."""
+
+    def is_ready(self) -> bool:
+        """Whether a request could be served now."""

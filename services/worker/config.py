@@ -1,0 +1,49 @@
+"""What both workers are told on the command line."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from relevo.engine.config import AttentionBackend, Device, Dtype, EngineConfig, LoadFormat
+from services.common.config import ByteSize, ServiceSettings
+
+
+class WorkerSettings(ServiceSettings):
+    """Settings of a prefill or decode worker."""
+
+    worker_id: str = Field("", description="stable name, e.g. decode-0; by default the role and the port")
+    model: str | None = Field(None, description="Hugging Face id or local folder; by default the demo model")
+    served_model_name: str | None = Field(None, description="name under which the model is known; by default --model")
+    dtype: Dtype = Field("auto", description="of weights, activations and KV; auto: the checkpoint's")
+    max_model_len: int | None = Field(None, ge=1, description="tokens, prompt and output; by default the model's")
+    block_size: int = Field(16, ge=1, description="tokens in a KV block")
+    kv_cache_memory: ByteSize = Field(1 << 30, ge=1, description="memory of the KV cache, e.g. 4GiB")
+    max_num_seqs: int = Field(64, ge=1, description="requests computed at the same time")
+    max_num_batched_tokens: int = Field(1024, ge=1, description="tokens computed in one step")
+    load_format: LoadFormat = Field("auto", description="dummy: random weights, from config.json alone")
+    seed: int = Field(0, ge=0, description="of dummy weights")
+    device: Device = Field("auto", description="auto: cuda where there is one, else cpu")
+    attention_backend: AttentionBackend = Field("auto", description="auto: the fastest for the device")
+    kv_agent: str = Field("", description="address of this host's KV transfer agent; empty: none, no split requests")
+    attach_timeout_seconds: float = Field(30.0, gt=0, description="how long start-up waits for the KV agent")
+    max_num_waiting: int = Field(512, ge=1, description="requests queued before new ones are refused")
+    fetch_timeout_seconds: float = Field(60.0, gt=0, description="how long announced KV blocks are awaited")
+    handover_timeout_seconds: float = Field(
+        120.0, gt=0, description="how long a split request holds blocks while it waits for the other worker"
+    )
+
+    def engine_config(self) -> EngineConfig:
+        """Raises StartupError for values that can't work together."""
+        return EngineConfig(
+            model=self.model,
+            dtype=self.dtype,
+            max_model_len=self.max_model_len,
+            block_size=self.block_size,
+            kv_cache_memory=self.kv_cache_memory,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            load_format=self.load_format,
+            seed=self.seed,
+            device=self.device,
+            attention_backend=self.attention_backend,
+        )

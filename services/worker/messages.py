@@ -1,0 +1,79 @@
+"""Between the wire's messages and relevo's own types."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from relevo.core.errors import RelevoError
+from relevo.core.request import FinishReason
+from relevo.core.sampling_params import SamplingParams
+from services.common.errors import error_to_proto
+from services.pb import messages_pb2 as pb
+
+if TYPE_CHECKING:
+    from relevo.engine.sampler import TokenLogprobs
+    from relevo.engine.step_result import EngineLoad, NewTokens
+
+_FINISH_REASONS = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
+}
+
+
+def sampling_from_pb(message: pb.SamplingParams, *, max_tokens: int | None = None) -> SamplingParams:
+    """The sampling parameters; `max_tokens` overrides the message's (and bounds min_tokens with it).
+
+    Raises InvalidRequest naming the parameter.
+    """
+    limit = message.max_tokens if max_tokens is None else max_tokens
+    return SamplingParams(
+        max_tokens=limit,
+        min_tokens=message.min_tokens if max_tokens is None else min(message.min_tokens, max_tokens),
+        temperature=message.temperature,
+        top_p=message.top_p,
+        top_k=message.top_k,
+        min_p=message.min_p,
+        seed=message.seed,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        repetition_penalty=message.repetition_penalty,
+        logit_bias=dict(message.logit_bias),
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+    )
+
+
+def tokens_to_pb(tokens: NewTokens) -> pb.Tokens:
+    return pb.Tokens(token_ids=tokens.token_ids, logprobs=_logprobs_to_pb(tokens.logprobs))
+
+
+def finished(reason: FinishReason, num_cached_tokens: int) -> pb.Ended:
+    return pb.Ended(finish_reason=_FINISH_REASONS[reason], num_cached_tokens=num_cached_tokens)
+
+
+def failed(error: RelevoError, num_cached_tokens: int = 0) -> pb.Ended:
+    return pb.Ended(error=error_to_proto(error), num_cached_tokens=num_cached_tokens)
+
+
+def load_to_pb(load: EngineLoad) -> pb.Load:
+    return pb.Load(
+        num_running=load.num_running,
+        num_waiting=load.num_waiting,
+        num_waiting_tokens=load.num_waiting_tokens,
+        num_free_blocks=load.num_free_blocks,
+        prefill_tokens_per_second=load.prefill_tokens_per_second,
+        step_seconds=load.step_seconds,
+    )
+
+
+def _logprobs_to_pb(logprobs: Sequence[TokenLogprobs]) -> list[pb.TokenLogprobs]:
+    return [
+        pb.TokenLogprobs(
+            chosen=pb.Logprob(token_id=entry.chosen.token_id, logprob=entry.chosen.logprob, rank=entry.chosen.rank),
+            top=[pb.Logprob(token_id=top.token_id, logprob=top.logprob, rank=top.rank) for top in entry.top],
+        )
+        for entry in logprobs
+    ]

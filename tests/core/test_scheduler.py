@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from relevo.core.request import FinishReason, Request, RequestStatus
+from relevo.core.scheduler import Scheduler, SchedulerOutput
+from tests.support.builders import make_request, make_scheduler
+
+
+def step(scheduler: Scheduler) -> tuple[SchedulerOutput, list[Request]]:
+    """One step in which every request that samples gets a token that its position determines."""
+    output = scheduler.schedule()
+    sampled = {e.request.request_id: next_token(e.request) for e in output.scheduled if e.samples}
+    ended = scheduler.update(output, sampled)
+    scheduler.check()
+    return output, ended
+
+
+def next_token(request: Request) -> int:
+    return 1000 + request.num_tokens
+
+
+def scheduled(output: SchedulerOutput) -> dict[str, int]:
+    return {entry.request.request_id: entry.num_scheduled_tokens for entry in output.scheduled}
+
+
+def test_long_prompt_is_computed_in_chunks_and_others_get_their_token_each_step() -> None:
+    scheduler = make_scheduler(num_blocks=32, max_num_batched_tokens=8)
+    scheduler.add(make_request("short", range(3), max_tokens=8))
+    step(scheduler)
+    scheduler.add(make_request("long", range(100, 120), max_tokens=2))
+    chunks = [scheduled(step(scheduler)[0]) for _ in range(3)]
+    assert chunks == [{"short": 1, "long": 7}, {"short": 1, "long": 7}, {"short": 1, "long": 6}]
+
+
+def test_ends_with_length_and_with_a_stop_token() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("length", [1, 2], max_tokens=2))
+    scheduler.add(make_request("stop", [1, 2, 3], max_tokens=9, stop_token_ids=[1004]))
+    _, first = step(scheduler)
+    _, second = step(scheduler)
+    assert first == []
+    assert {(r.request_id, r.finish_reason) for r in second} == {
+        ("length", FinishReason.LENGTH),
+        ("stop", FinishReason.STOP),
+    }
+    assert scheduler.pool.num_free_blocks == scheduler.pool.num_blocks
+
+
+def test_second_request_finds_the_prefix_but_computes_its_last_block() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("first", range(8), max_tokens=1))
+    step(scheduler)
+    again = make_request("again", range(8), max_tokens=1)
+    scheduler.add(again)
+    output, _ = step(scheduler)
+    assert scheduled(output) == {"again": 4}
+    assert again.num_cached_tokens == 4
+
+
+def test_cache_salt_keeps_prefixes_apart() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("first", range(8), max_tokens=1, cache_salt="a"))
+    step(scheduler)
+    scheduler.add(make_request("other", range(8), max_tokens=1, cache_salt="b"))
+    assert scheduled(step(scheduler)[0]) == {"other": 8}
+
+
+def test_youngest_is_preempted_when_blocks_run_out_and_ends_with_the_same_tokens() -> None:
+    scheduler = make_scheduler(num_blocks=4, max_num_batched_tokens=32)
+    requests = [make_request(name, range(base, base + 7), max_tokens=6) for name, base in (("old", 0), ("young", 50))]
+    for request in requests:
+        scheduler.add(request)
+    preempted: list[str] = []
+    for _ in range(30):
+        output, _ = step(scheduler)
+        preempted += [request.request_id for request in output.preempted]
+    assert preempted and set(preempted) == {"young"}
+    for request in requests:
+        assert request.finish_reason is FinishReason.LENGTH
+        assert request.output_token_ids == [1000 + 7 + i for i in range(6)]
+
+
+def test_awaiting_request_reserves_then_runs_with_the_first_token_from_elsewhere() -> None:
+    scheduler = make_scheduler()
+    request = make_request("split", range(10), max_tokens=3, await_kv=True)
+    scheduler.add(request)
+    output, _ = step(scheduler)
+    assert output.reserved == [request] and not output.scheduled
+    assert len(request.block_ids) == 4  # 10 tokens and 3 of output
+    scheduler.resume("split", 8, [777])
+    scheduler.check()
+    output, _ = step(scheduler)
+    assert scheduled(output) == {"split": 3}  # the tail of two and the first token
+    assert request.output_token_ids == [777, 1011]
+
+
+def test_awaiting_request_whose_whole_prompt_arrived_without_a_token_recomputes_its_last_block() -> None:
+    scheduler = make_scheduler()
+    request = make_request("alone", range(8), max_tokens=1, await_kv=True)
+    scheduler.add(request)
+    step(scheduler)
+    scheduler.resume("alone", 8, [])
+    scheduler.check()
+    output, ended = step(scheduler)
+    assert scheduled(output) == {"alone": 4} and output.admitted == []
+    assert ended == [request]
+
+
+def test_awaiting_requests_are_never_preempted() -> None:
+    scheduler = make_scheduler(num_blocks=4)
+    scheduler.add(make_request("waits", range(5), max_tokens=1, await_kv=True))
+    scheduler.add(make_request("grows", range(50, 57), max_tokens=8))
+    for _ in range(4):
+        step(scheduler)
+    assert scheduler.waiting_for_kv.keys() == {"waits"}
+    scheduler.abort("waits")
+    for _ in range(12):
+        step(scheduler)
+    assert scheduler.pool.num_free_blocks == 4
+
+
+def test_held_blocks_stay_until_released() -> None:
+    scheduler = make_scheduler(num_blocks=4)
+    request = make_request("held", range(8), max_tokens=1, hold_blocks=True)
+    scheduler.add(request)
+    _, ended = step(scheduler)
+    assert ended == [request]
+    assert scheduler.pool.num_free_blocks == 2
+    scheduler.release("held")
+    scheduler.release("held")
+    scheduler.check()
+    assert scheduler.pool.num_free_blocks == 4
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Random requests, resumptions, cancellations and steps on a pool that is too small for all of them at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = make_scheduler(num_blocks=7, block_size=4, max_num_seqs=3, max_num_batched_tokens=6)
+        self.open: dict[str, Request] = {}
+        self.held: set[str] = set()
+        self.count = 0
+
+    @rule(
+        prefix=st.integers(0, 2),
+        length=st.integers(1, 18),
+        max_tokens=st.integers(1, 8),
+        kind=st.sampled_from(["plain", "await", "hold", "await_hold"]),
+    )
+    def add(self, prefix: int, length: int, max_tokens: int, kind: str) -> None:
+        self.count += 1
+        hold = "hold" in kind
+        request = make_request(
+            f"r{self.count}",
+            range(prefix * 100, prefix * 100 + length),
+            max_tokens=1 if hold else max_tokens,
+            await_kv="await" in kind,
+            hold_blocks=hold,
+        )
+        self.scheduler.add(request)
+        self.open[request.request_id] = request
+
+    @rule()
+    def step(self) -> None:
+        output = self.scheduler.schedule()
+        assert output.num_scheduled_tokens <= self.scheduler.config.max_num_batched_tokens
+        assert len({id(entry.request) for entry in output.scheduled}) == len(output.scheduled)
+        for entry in output.scheduled:
+            assert entry.num_scheduled_tokens > 0 and entry.request.status is RequestStatus.RUNNING
+        sampled = {e.request.request_id: next_token(e.request) for e in output.scheduled if e.samples}
+        for request in self.scheduler.update(output, sampled):
+            assert self.open.pop(request.request_id) is request
+            assert request.output_token_ids == [
+                1000 + request.num_prompt_tokens + i for i in range(request.num_output_tokens)
+            ]
+            if request.hold_blocks:
+                self.held.add(request.request_id)
+
+    @precondition(lambda self: self.scheduler.waiting_for_kv)
+    @rule(data=st.data(), alone=st.booleans())
+    def resume(self, data: st.DataObject, alone: bool) -> None:
+        name = data.draw(st.sampled_from(sorted(self.scheduler.waiting_for_kv)))
+        request = self.scheduler.waiting_for_kv[name]
+        full = request.num_prompt_tokens // 4
+        arrived = data.draw(st.integers(request.num_computed_tokens // 4, full))
+        first = [] if alone or request.max_tokens == 1 else [next_token(request)]
+        self.scheduler.resume(name, arrived * 4, first)
+
+    @precondition(lambda self: self.open or self.held)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.open.keys() | self.held)))
+        request = self.scheduler.abort(name)
+        assert (request is None) == (name in self.held)
+        self.open.pop(name, None)
+        self.held.discard(name)
+        assert self.scheduler.abort(name) is None
+
+    @precondition(lambda self: self.held)
+    @rule()
+    def release(self) -> None:
+        self.scheduler.release(self.held.pop())
+
+    @invariant()
+    def adds_up(self) -> None:
+        self.scheduler.check()
+
+    def teardown(self) -> None:
+        """Whatever happened: everything ends, and every block comes back."""
+        for _ in range(400):
+            for name in list(self.scheduler.waiting_for_kv):
+                self.scheduler.resume(name, self.scheduler.waiting_for_kv[name].num_computed_tokens, [])
+            for name in list(self.held):
+                self.scheduler.release(name)
+            self.held.clear()
+            self.step()
+            if not self.open:
+                break
+        assert not self.open, f"never ended: {list(self.open)}"
+        for name in self.held:
+            self.scheduler.release(name)
+        self.scheduler.check()
+        assert self.scheduler.pool.num_free_blocks == self.scheduler.pool.num_blocks
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
