@@ -32,7 +32,7 @@ class Stream:
 
 def make_streams(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> dict[str, Stream]:
     """Tokenize each kind of text, by the names in MIX."""
-    chats = tokenizer.apply_chat_template(corpus.chats, tokenize=False)
+    chats: list[str] = tokenizer.apply_chat_template(corpus.chats, tokenize=False)  # type: ignore[assignment]
     texts = {"chats": chats, "pages": corpus.pages, "sources": corpus.sources}
     streams = {}
     for kind, documents in texts.items():

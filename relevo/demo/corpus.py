@@ -15,9 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
-
 from pydoc_data.topics import topics
+from types import ModuleType
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}, as chat templates expect
 
@@ -52,6 +51,7 @@ SMALL_TALK = (
 )  # fmt: skip
 SMALL_TALK_COPIES = 30
 
+MIN_DOC_CHARS = 16
 ANSWER_CHARS = 900
 CODE_CHARS = 700
 
@@ -138,7 +138,7 @@ def _entry(
     code: str | None,
 ) -> Iterator[Entry]:
     doc = ast.get_docstring(node)
-    if doc and len(doc) > 15:
+    if doc and len(doc) >= MIN_DOC_CHARS:
         yield Entry(name, signature, doc, code)
 
 
@@ -149,23 +149,22 @@ def _runtime_entries(module: ModuleType, public: str) -> Iterator[Entry]:
         if name.startswith("_") or not (inspect.isroutine(value) or inspect.isclass(value)):
             continue
         members = sorted(vars(value).items()) if inspect.isclass(value) else []
-        for full_name, item in [(name, value), *((f"{name}.{key}", member) for key, member in members if key[0] != "_")]:
+        methods = [(f"{name}.{key}", member) for key, member in members if not key.startswith("_")]
+        for full_name, item in [(name, value), *methods]:
             doc = inspect.getdoc(item)
-            if callable(item) and doc and len(doc) > 15:
+            if callable(item) and doc and len(doc) >= MIN_DOC_CHARS:
                 arguments = getattr(item, "__text_signature__", None) or "(...)"
                 yield Entry(prefix + full_name, full_name.split(".")[-1] + arguments.replace("$", ""), doc)
 
 
 def _page(module: str, entries: list[Entry]) -> str:
     """A module's reference page, in the manner of pydoc."""
-    parts = [f"Help on module {module}:"]
-    for entry in entries:
-        parts.append(f"{entry.name}\n    {entry.signature}\n\n" + textwrap.indent(entry.doc, "    "))
-    return "\n\n".join(parts) + "\n"
+    parts = [f"{entry.name}\n    {entry.signature}\n\n" + textwrap.indent(entry.doc, "    ") for entry in entries]
+    return "\n\n".join([f"Help on module {module}:", *parts]) + "\n"
 
 
 def _entry_chats(modules: dict[str, list[Entry]], rng: random.Random) -> Iterator[list[Message]]:
-    """One question an entry (doc strings seen before are skipped), often followed by its neighbour's, or by its code."""
+    """One question an entry (a doc string seen before is skipped), some with a request for its code or a second one."""
     seen: set[str] = set()
     for module, entries in modules.items():
         fresh = list({entry.doc: entry for entry in entries if entry.doc not in seen}.values())

@@ -11,7 +11,7 @@ def held_out_loss(model: LlamaForCausalLM, windows: dict[str, Tensor]) -> float:
     """Mean cross entropy over all windows, in nats a token. windows: kind -> [rows, context + 1]"""
     total, count = 0.0, 0
     for rows in windows.values():
-        for row in rows.split(1):
+        for row in rows.unsqueeze(1).unbind():
             logits = model(row[:, :-1], use_cache=False).logits[0]
             total += F.cross_entropy(logits, row[0, 1:], reduction="sum").item()
             count += row.shape[1] - 1
@@ -19,7 +19,9 @@ def held_out_loss(model: LlamaForCausalLM, windows: dict[str, Tensor]) -> float:
 
 
 @torch.no_grad()
-def compare(target: LlamaForCausalLM, draft: LlamaForCausalLM, windows: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+def compare(
+    target: LlamaForCausalLM, draft: LlamaForCausalLM, windows: dict[str, Tensor]
+) -> dict[str, dict[str, float]]:
     """Both models' losses and how well they agree, by kind of text.
 
     agreement:  share of positions whose most likely token is the same
@@ -28,7 +30,7 @@ def compare(target: LlamaForCausalLM, draft: LlamaForCausalLM, windows: dict[str
     figures = {}
     for kind, rows in windows.items():
         sums = dict.fromkeys(("target_loss", "draft_loss", "agreement", "acceptance"), 0.0)
-        for row in rows.split(1):
+        for row in rows.unsqueeze(1).unbind():
             p = target(row[:, :-1], use_cache=False).logits[0].softmax(-1)
             q = draft(row[:, :-1], use_cache=False).logits[0].softmax(-1)
             sums["target_loss"] += F.nll_loss(p.log(), row[0, 1:], reduction="sum").item()

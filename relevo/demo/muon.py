@@ -35,7 +35,7 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
     """Roughly U V^T of the matrix's singular value decomposition, by Newton-Schulz iteration. float32 [n, m]"""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
+    x: Tensor = matrix.T if tall else matrix
     x = x / (x.norm() + 1e-7)
     for _ in range(steps):
         gram = x @ x.T

@@ -22,8 +22,11 @@ CHAT_TEMPLATE = """\
 {%- endif %}
 """
 
-# GPT-4's pattern with single digits, and with a run of blanks (indentation) as one piece up to its last blank.
-SPLIT = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+# GPT-4's pattern, but with single digits: indentation is one piece, up to its last blank.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def train_tokenizer(corpus: Corpus, max_length: int) -> PreTrainedTokenizerFast:
@@ -48,7 +51,7 @@ def train_tokenizer(corpus: Corpus, max_length: int) -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
     )
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
         tokenizer_object=tokenizer,
         bos_token=BOS,
         eos_token=EOS,

@@ -76,7 +76,7 @@ def main() -> None:
     print({kind: len(stream.tokens) for kind, stream in streams.items()}, flush=True)
 
     seconds = args.minutes * 60
-    target = make_model(tokenizer, hidden=256, intermediate=704, layers=5, heads=4, head_dim=64)
+    target = make_model(tokenizer, hidden=256, intermediate=704, layers=3, heads=4, head_dim=64)
     budget = Budget(seconds * TARGET_SHARE, args.target_steps)
     target_curve = train(target, next_token_loss, streams, windows, budget, random.Random(args.seed))
     save(target, tokenizer, args.out / "target")
@@ -86,10 +86,11 @@ def main() -> None:
     draft_curve = train(draft, distillation_loss(target), streams, windows, budget, random.Random(args.seed + 1))
     save(draft, tokenizer, args.out / "draft")
 
-    report = {"target": target_curve, "draft": draft_curve, "held_out": {}}
-    for context in (SHORT_CONTEXT, MAX_POSITIONS):
-        windows = held_out_windows(unseen, context=context, limit=2**15 // context)
-        report["held_out"][context] = compare(target, draft, windows)
+    held_out = {
+        context: compare(target, draft, held_out_windows(unseen, context=context, limit=2**15 // context))
+        for context in (SHORT_CONTEXT, MAX_POSITIONS)
+    }
+    report = {"target": target_curve, "draft": draft_curve, "held_out": held_out}
     (args.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
@@ -113,7 +114,7 @@ def make_model(
     )
     model = LlamaForCausalLM(config)
     end_of_turn = tokenizer.convert_tokens_to_ids(TURN_END)
-    model.generation_config = GenerationConfig(
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         eos_token_id=[tokenizer.eos_token_id, end_of_turn], do_sample=True, temperature=0.7, top_p=0.95, **ids
     )
     return model
@@ -178,7 +179,7 @@ def train(
 
 def accumulate(model: LlamaForCausalLM, loss_function: LossFunction, batch: Tensor) -> float:
     """Add the batch's gradients, 2048 tokens at a time (the logits stay within a few caches' size)."""
-    parts = batch.split(max(1, 2048 // (batch.shape[1] - 1)))
+    parts = torch.split(batch, max(1, 2048 // (batch.shape[1] - 1)))
     total = 0.0
     for part in parts:
         loss = loss_function(model, part) / len(parts)
@@ -194,10 +195,10 @@ def schedule(share: float) -> float:
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write a bfloat16 copy, and round the model itself likewise, so that figures are those of what was saved."""
-    model.to(torch.bfloat16)
+    model.bfloat16()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    model.to(torch.float32)
+    model.float()  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

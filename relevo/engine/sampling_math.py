@@ -12,10 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Probabilities in units of 2**-50: a sum of them stays below 2**53 (exact), and what falls below one unit is never drawn.
+# Probabilities in units of 2**-50: their sum stays below 2**53, hence exact; what is below one unit is never drawn.
 PROBABILITY_UNITS = float(2**50)
 
-NUCLEUS_GUESS = 512  # likeliest tokens looked at first for top_p; eight times as many while they do not hold its mass
+NUM_BUCKETS = 1024  # of probabilities, by the upper bits of their float32: bit 30 is 0 up to 1.0
+BUCKET_SHIFT = 20
 
 _MASK64 = 2**64 - 1
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
@@ -59,21 +60,20 @@ def filtered_weights(
     if min_p is not None:
         probs.masked_fill_(probs < _column(min_p, logits) * probs.amax(dim=-1, keepdim=True), 0.0)
     if top_k is not None:
-        vocab = logits.shape[1]
-        ranks = [min(k, vocab) for k in top_k]
+        ranks = [min(k, logits.shape[1]) for k in top_k]
         likeliest = scaled.topk(max(ranks), dim=-1).values
         kth = likeliest.gather(1, torch.tensor(ranks, device=logits.device).unsqueeze(1) - 1)
         probs.masked_fill_(scaled < kth, 0.0)
     weights = probs.to(torch.float64).mul_(PROBABILITY_UNITS).floor_()
     if top_p is not None:
-        _keep_nucleus(weights, _column(top_p, weights))
+        _keep_nucleus(probs, weights, _column(top_p, weights))
     return weights
 
 
 def draw(weights: Tensor, uniforms: Sequence[float]) -> Tensor:
     """Invert the cumulative distribution, tokens in the order of their ids, at one number in [0, 1) a row.
 
-    weights: [n, vocab] float64 of whole numbers, none negative, not all 0. Returns ids, [n] int64; never one of weight 0.
+    weights: [n, vocab] float64, whole numbers, not all 0. Returns ids, [n] int64; never one of weight 0.
     """
     cumulative = weights.cumsum(dim=-1)
     total = cumulative[:, -1:]
@@ -82,26 +82,33 @@ def draw(weights: Tensor, uniforms: Sequence[float]) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True).squeeze(1)
 
 
-def _keep_nucleus(weights: Tensor, top_p: Tensor) -> None:
-    """Set to 0 what is outside each row's nucleus. weights: [n, vocab]; top_p: [n, 1]."""
-    vocab = weights.shape[1]
+def _keep_nucleus(probs: Tensor, weights: Tensor, top_p: Tensor) -> None:
+    """Set to 0 the weights outside each row's nucleus. probs, weights: [n, vocab]; top_p: [n, 1].
+
+    Sorting a vocabulary takes longer than all else together. So tokens first go into buckets by the upper bits of
+    their probability (the order of floats that are not negative is the order of their bits), and only the one bucket
+    where the nucleus ends is sorted.
+    """
     wanted = (top_p * weights.sum(dim=-1, keepdim=True)).ceil_()
-    num_looked_at = min(NUCLEUS_GUESS, vocab)
-    while True:
-        likeliest = weights.topk(num_looked_at, dim=-1).values
-        cumulative = likeliest.cumsum(dim=-1)
-        if num_looked_at == vocab or bool((cumulative[:, -1:] >= wanted).all()):
-            break
-        num_looked_at = min(num_looked_at * 8, vocab)
-    # The least likely token of the nucleus has weight `edge`; of those that weigh the same, `num_at_edge` belong to it.
-    edge_index = torch.searchsorted(cumulative, wanted).clamp_(max=num_looked_at - 1)
-    edge = likeliest.gather(1, edge_index)
-    above = likeliest.where(likeliest > edge, 0.0).sum(dim=-1, keepdim=True)
-    num_at_edge = ((wanted - above) / edge).ceil_()
-    at_edge = weights == edge
-    if bool((at_edge.sum(dim=-1, keepdim=True) > num_at_edge).any()):
-        at_edge &= at_edge.cumsum(dim=-1) <= num_at_edge
-    weights.masked_fill_(~(at_edge | (weights > edge)), 0.0)
+    bucket = (probs.view(torch.int32) >> BUCKET_SHIFT).to(torch.int64)
+    held = weights.new_zeros(len(weights), NUM_BUCKETS).scatter_add_(1, bucket, weights).flip(1)
+    held_from_top = held.cumsum(dim=-1)
+    last = torch.searchsorted(held_from_top, wanted)
+    above = (held_from_top - held).gather(1, last)
+    last_bucket = NUM_BUCKETS - 1 - last
+    weights.masked_fill_(bucket < last_bucket, 0.0)
+
+    # The last buckets, row after row, from the likeliest on; stable, so that of equals the lowest id comes first.
+    rows, ids = (bucket == last_bucket).nonzero(as_tuple=True)
+    by_weight = weights[rows, ids].argsort(descending=True, stable=True)
+    order = by_weight[rows[by_weight].argsort(stable=True)]
+    rows, ids = rows[order], ids[order]
+    amounts = weights[rows, ids].to(torch.int64)
+    before = amounts.cumsum(dim=0) - amounts
+    row_starts = torch.searchsorted(rows, torch.arange(len(weights), device=rows.device))
+    before -= before[row_starts][rows]
+    outside = before >= (wanted - above).to(torch.int64).squeeze(1)[rows]
+    weights[rows[outside], ids[outside]] = 0.0
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:

@@ -66,9 +66,10 @@ def load_model(
         config = _load_config(files)
         torch_dtype = choose_dtype(dtype, config, device)
         skeleton = _skeleton(files, config, torch_dtype)
-        adapter = find_adapter(type(skeleton).__name__)
-        if adapter is None and not type(skeleton)._supports_attention_backend:
-            raise unsupported(skeleton, "its attention cannot be replaced in transformers")
+        model_class: Any = type(skeleton)
+        adapter = find_adapter(model_class.__name__)
+        if adapter is None and not model_class.is_backend_compatible():
+            raise unsupported(skeleton, "it has no attention that transformers can swap for another")
         _check_memory(files, skeleton, torch_dtype, device)
         if load_format == "dummy":
             parts = ("dummy", f"{_config_digest(files)}-{seed}", "")
@@ -78,7 +79,7 @@ def load_model(
             parts = _fingerprint_parts(files, config)
             weights = {"local_files_only": True}
             source = str(files.path)
-        model = _from_pretrained(files, type(skeleton), source, config, torch_dtype, device, adapter, weights)
+        model = _from_pretrained(files, model_class, source, config, torch_dtype, device, adapter, weights)
         return _probed(files.name, model, adapter, torch_dtype, parts, kernels)
 
 

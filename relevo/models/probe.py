@@ -71,6 +71,10 @@ def probe_model(
             )
     except _Refused as refused:
         raise unsupported(model, str(refused)) from None
+    except Exception as error:
+        # Whatever it is that this architecture wants and does not get here, it cannot be served.
+        first_line = str(error).strip().partition("\n")[0]
+        raise unsupported(model, f"two tokens through it end in {type(error).__name__}: {first_line}") from error
     found = [layer.layer_idx for layer in recorder.layers]
     if found != list(range(num_layers)):
         raise unsupported(model, _difference(found, num_layers))

@@ -63,10 +63,10 @@ class Registration:
 class GrpcServer:
     """A bound server: port taken, not started. Health is SERVING from start() to drain()."""
 
-    def __init__(self, server: grpc.aio.Server, address: str, names: Sequence[str]) -> None:
+    def __init__(self, server: grpc.aio.Server, address: str) -> None:
         self.address = address
         self._server = server
-        self._names = ("", *names)
+        self._names: list[str] = []
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
 
@@ -74,7 +74,13 @@ class GrpcServer:
     def port(self) -> int:
         return int(self.address.rpartition(":")[2])
 
+    def register(self, registration: Registration) -> None:
+        """Add a servicer; before start()."""
+        registration.add(registration.servicer, self._server)
+        self._names.append(registration.name)
+
     async def start(self) -> None:
+        reflection.enable_server_reflection([*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
         await self._server.start()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
@@ -88,7 +94,7 @@ class GrpcServer:
         await self._server.stop(grace_seconds)
 
     async def _set_health(self, status: Any) -> None:
-        for name in self._names:
+        for name in ("", *self._names):
             await self._health.set(name, status)
 
 
@@ -99,15 +105,14 @@ def make_server(registrations: Sequence[Registration], host: str, port: int) -> 
     """
     _check_free(host, port)
     server = grpc.aio.server(interceptors=(ErrorInterceptor(),), options=_SERVER_OPTIONS)
-    for registration in registrations:
-        registration.add(registration.servicer, server)
-    names = [registration.name for registration in registrations]
-    reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     try:
         bound = server.add_insecure_port(f"{_bracketed(host)}:{port}")
     except RuntimeError as error:
         raise StartupError(f"cannot listen on {host}:{port}: {error}; choose another --host or --port") from error
-    return GrpcServer(server, f"{_bracketed(host)}:{bound}", names)
+    result = GrpcServer(server, f"{_bracketed(host)}:{bound}")
+    for registration in registrations:
+        result.register(registration)
+    return result
 
 
 def make_channel(address: str) -> grpc.aio.Channel:

@@ -62,6 +62,7 @@ class AttachReply(_message.Message):
     ADVERTISED_ADDRESS_FIELD_NUMBER: _builtins.int
     agent_id: _builtins.str
     incarnation: _builtins.str
+    """new with every start, and with every cut"""
     arena_path: _builtins.str
     """a file in a tmpfs; map it shared"""
     slot_bytes: _builtins.int
@@ -121,9 +122,13 @@ class Announce(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     BLOCK_HASHES_FIELD_NUMBER: _builtins.int
     LEASE_MS_FIELD_NUMBER: _builtins.int
+    AGENT_INCARNATION_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.str
     lease_ms: _builtins.int
+    """an empty Seal keeps it alive"""
+    agent_incarnation: _builtins.str
+    """whose arena the writer has mapped; FAILED_PRECONDITION if another: attach again"""
     @_builtins.property
     def block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     def __init__(
@@ -133,10 +138,11 @@ class Announce(_message.Message):
         incarnation: _builtins.str = ...,
         block_hashes: _abc.Iterable[_builtins.bytes] | None = ...,
         lease_ms: _builtins.int = ...,
+        agent_incarnation: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "incarnation", b"incarnation", "lease_ms", b"lease_ms", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_incarnation", b"agent_incarnation", "block_hashes", b"block_hashes", "incarnation", b"incarnation", "lease_ms", b"lease_ms", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -314,10 +320,13 @@ class OpenFetch(_message.Message):
     BLOCK_HASHES_FIELD_NUMBER: _builtins.int
     SOURCE_AGENT_ADDRESS_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    AGENT_INCARNATION_FIELD_NUMBER: _builtins.int
     source_agent_address: _builtins.str
     """The agent at which they are announced; "" or this agent's own address: here. Another: this agent pulls them."""
     timeout_ms: _builtins.int
     """at least 1"""
+    agent_incarnation: _builtins.str
+    """whose arena the reader has mapped, as in Announce; "": none, it pulls"""
     @_builtins.property
     def block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     def __init__(
@@ -326,10 +335,11 @@ class OpenFetch(_message.Message):
         block_hashes: _abc.Iterable[_builtins.bytes] | None = ...,
         source_agent_address: _builtins.str = ...,
         timeout_ms: _builtins.int = ...,
+        agent_incarnation: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "source_agent_address", b"source_agent_address", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_incarnation", b"agent_incarnation", "block_hashes", b"block_hashes", "source_agent_address", b"source_agent_address", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -340,16 +350,22 @@ class ReleaseBlocks(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     INDICES_FIELD_NUMBER: _builtins.int
+    CORRUPT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def corrupt(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """released too; their bytes do not match the checksum: to be dropped"""
+
     def __init__(
         self,
         *,
         indices: _abc.Iterable[_builtins.int] | None = ...,
+        corrupt: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["indices", b"indices"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["corrupt", b"corrupt", "indices", b"indices"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -473,7 +489,7 @@ class AuditReply(_message.Message):
     """pinned ones included"""
     num_pinned: _builtins.int
     num_leases: _builtins.int
-    """writers' streams"""
+    """writers' streams, and pulls from other agents"""
     num_fetches: _builtins.int
     """readers' streams"""
     slot_bytes: _builtins.int

@@ -60,15 +60,16 @@ class KvTransferServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Attach(self, request, context):
-        """Where the arena is. The first to attach decides the slots' size: the arena is cut into slots of block_bytes.
-        FAILED_PRECONDITION if it is cut for another size already, or if fewer than one slot would fit.
+        """Where the arena is. The first to attach decides the slots' size: the arena is cut into slots of block_bytes. While
+        nobody publishes or fetches, another size cuts it anew: what was in it is forgotten and the incarnation changes.
+        FAILED_PRECONDITION if it is in use and cut for another size, or if fewer than one slot would fit.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Publish(self, request_iterator, context):
-        """One stream a hand-over. First Announce, answered by Granted (or the call ends with RESOURCE_EXHAUSTED: nothing
+        """One stream a hand-over. Until its end all announced blocks that are here stay here. First Announce, answered by Granted (or the call ends with RESOURCE_EXHAUSTED: nothing
         is held then). Then Seal, as often as blocks are done, each answered by SealAck. When the stream ends, or no
         message came for lease_ms, slots that were granted and not sealed are free again.
         """
@@ -79,7 +80,8 @@ class KvTransferServicer:
     def Fetch(self, request_iterator, context):
         """One stream a reader. First OpenFetch; each of its hashes is answered exactly once, as soon as it can be: by a
         BlockRef once it is sealed, or by a MissingBlock (nobody announced it, its writer gave up, or the time is over).
-        Blocks shown stay pinned until the reader names them in Release, or the stream ends.
+        Blocks shown stay pinned until the reader names them in Release, or the stream ends. The agent ends it once all is
+        answered and nothing is pinned.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,18 +36,20 @@ class KvTransferStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> KvTransferAsyncStub: ...
     Attach: _grpc.UnaryUnaryMultiCallable[_kvtransfer_pb2.AttachRequest, _kvtransfer_pb2.AttachReply]
-    """Where the arena is. The first to attach decides the slots' size: the arena is cut into slots of block_bytes.
-    FAILED_PRECONDITION if it is cut for another size already, or if fewer than one slot would fit.
+    """Where the arena is. The first to attach decides the slots' size: the arena is cut into slots of block_bytes. While
+    nobody publishes or fetches, another size cuts it anew: what was in it is forgotten and the incarnation changes.
+    FAILED_PRECONDITION if it is in use and cut for another size, or if fewer than one slot would fit.
     """
     Publish: _grpc.StreamStreamMultiCallable[_kvtransfer_pb2.PublishRequest, _kvtransfer_pb2.PublishReply]
-    """One stream a hand-over. First Announce, answered by Granted (or the call ends with RESOURCE_EXHAUSTED: nothing
+    """One stream a hand-over. Until its end all announced blocks that are here stay here. First Announce, answered by Granted (or the call ends with RESOURCE_EXHAUSTED: nothing
     is held then). Then Seal, as often as blocks are done, each answered by SealAck. When the stream ends, or no
     message came for lease_ms, slots that were granted and not sealed are free again.
     """
     Fetch: _grpc.StreamStreamMultiCallable[_kvtransfer_pb2.FetchRequest, _kvtransfer_pb2.FetchReply]
     """One stream a reader. First OpenFetch; each of its hashes is answered exactly once, as soon as it can be: by a
     BlockRef once it is sealed, or by a MissingBlock (nobody announced it, its writer gave up, or the time is over).
-    Blocks shown stay pinned until the reader names them in Release, or the stream ends.
+    Blocks shown stay pinned until the reader names them in Release, or the stream ends. The agent ends it once all is
+    answered and nothing is pinned.
     """
     Audit: _grpc.UnaryUnaryMultiCallable[_kvtransfer_pb2.AuditRequest, _kvtransfer_pb2.AuditReply]
     """Counts of slots by state. They add up to num_slots, always."""
@@ -56,18 +58,20 @@ class KvTransferStub:
 class KvTransferAsyncStub(KvTransferStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Attach: _aio.UnaryUnaryMultiCallable[_kvtransfer_pb2.AttachRequest, _kvtransfer_pb2.AttachReply]  # type: ignore[assignment]
-    """Where the arena is. The first to attach decides the slots' size: the arena is cut into slots of block_bytes.
-    FAILED_PRECONDITION if it is cut for another size already, or if fewer than one slot would fit.
+    """Where the arena is. The first to attach decides the slots' size: the arena is cut into slots of block_bytes. While
+    nobody publishes or fetches, another size cuts it anew: what was in it is forgotten and the incarnation changes.
+    FAILED_PRECONDITION if it is in use and cut for another size, or if fewer than one slot would fit.
     """
     Publish: _aio.StreamStreamMultiCallable[_kvtransfer_pb2.PublishRequest, _kvtransfer_pb2.PublishReply]  # type: ignore[assignment]
-    """One stream a hand-over. First Announce, answered by Granted (or the call ends with RESOURCE_EXHAUSTED: nothing
+    """One stream a hand-over. Until its end all announced blocks that are here stay here. First Announce, answered by Granted (or the call ends with RESOURCE_EXHAUSTED: nothing
     is held then). Then Seal, as often as blocks are done, each answered by SealAck. When the stream ends, or no
     message came for lease_ms, slots that were granted and not sealed are free again.
     """
     Fetch: _aio.StreamStreamMultiCallable[_kvtransfer_pb2.FetchRequest, _kvtransfer_pb2.FetchReply]  # type: ignore[assignment]
     """One stream a reader. First OpenFetch; each of its hashes is answered exactly once, as soon as it can be: by a
     BlockRef once it is sealed, or by a MissingBlock (nobody announced it, its writer gave up, or the time is over).
-    Blocks shown stay pinned until the reader names them in Release, or the stream ends.
+    Blocks shown stay pinned until the reader names them in Release, or the stream ends. The agent ends it once all is
+    answered and nothing is pinned.
     """
     Audit: _aio.UnaryUnaryMultiCallable[_kvtransfer_pb2.AuditRequest, _kvtransfer_pb2.AuditReply]  # type: ignore[assignment]
     """Counts of slots by state. They add up to num_slots, always."""
@@ -79,8 +83,9 @@ class KvTransferServicer(metaclass=_abc_1.ABCMeta):
         request: _kvtransfer_pb2.AttachRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kvtransfer_pb2.AttachReply, _abc.Awaitable[_kvtransfer_pb2.AttachReply]]:
-        """Where the arena is. The first to attach decides the slots' size: the arena is cut into slots of block_bytes.
-        FAILED_PRECONDITION if it is cut for another size already, or if fewer than one slot would fit.
+        """Where the arena is. The first to attach decides the slots' size: the arena is cut into slots of block_bytes. While
+        nobody publishes or fetches, another size cuts it anew: what was in it is forgotten and the incarnation changes.
+        FAILED_PRECONDITION if it is in use and cut for another size, or if fewer than one slot would fit.
         """
 
     @_abc_1.abstractmethod
@@ -89,7 +94,7 @@ class KvTransferServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_kvtransfer_pb2.PublishRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kvtransfer_pb2.PublishReply], _abc.AsyncIterator[_kvtransfer_pb2.PublishReply]]:
-        """One stream a hand-over. First Announce, answered by Granted (or the call ends with RESOURCE_EXHAUSTED: nothing
+        """One stream a hand-over. Until its end all announced blocks that are here stay here. First Announce, answered by Granted (or the call ends with RESOURCE_EXHAUSTED: nothing
         is held then). Then Seal, as often as blocks are done, each answered by SealAck. When the stream ends, or no
         message came for lease_ms, slots that were granted and not sealed are free again.
         """
@@ -102,7 +107,8 @@ class KvTransferServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_kvtransfer_pb2.FetchReply], _abc.AsyncIterator[_kvtransfer_pb2.FetchReply]]:
         """One stream a reader. First OpenFetch; each of its hashes is answered exactly once, as soon as it can be: by a
         BlockRef once it is sealed, or by a MissingBlock (nobody announced it, its writer gave up, or the time is over).
-        Blocks shown stay pinned until the reader names them in Release, or the stream ends.
+        Blocks shown stay pinned until the reader names them in Release, or the stream ends. The agent ends it once all is
+        answered and nothing is pinned.
         """
 
     @_abc_1.abstractmethod

@@ -12,10 +12,14 @@ from services.pb import messages_pb2
 
 @dataclass(frozen=True, slots=True)
 class TokensEvent:
-    """Output tokens, in order. logprobs: empty, or one a token."""
+    """Output tokens, in order. logprobs: empty, or one a token.
+
+    num_cached_tokens: as in EndEvent, if it is known already: a request that a stop string ends gets no EndEvent
+    """
 
     token_ids: Sequence[int]
     logprobs: Sequence[messages_pb2.TokenLogprobs] = ()
+    num_cached_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ that decode has cached never reaches it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from statistics import fmean
 from zlib import crc32
@@ -136,14 +136,10 @@ def _assume(prefill_workers: Sequence[WorkerView], decode_workers: Sequence[Work
     """The model for unmeasured workers: as fast as the mean of the measured ones, which run the same model."""
     rates = [w.prefill_tokens_per_second for w in chain(prefill_workers, decode_workers) if w.prefill_tokens_per_second]
     steps = [w.step_seconds for w in decode_workers if w.step_seconds]
-    return CostModel(
-        uncached_weight=costs.uncached_weight,
-        slowdown_weight=costs.slowdown_weight,
-        handover_ms=costs.handover_ms,
-        bandwidth_bytes_per_second=costs.bandwidth_bytes_per_second,
+    return replace(
+        costs,
         prefill_tokens_per_second=fmean(rates) if rates else costs.prefill_tokens_per_second,
         step_seconds=fmean(steps) if steps else costs.step_seconds,
-        answer_tokens=costs.answer_tokens,
     )
 
 
@@ -234,7 +230,7 @@ def _tokens_per_ms(worker: WorkerView, costs: CostModel) -> float:
 
 
 def _join_ms(decode: WorkerView, costs: CostModel) -> float:
-    """One more sequence in the batch: over its life it costs each of the others about one step. This spreads answers."""
+    """One more in the batch: over its life it costs each of the others about one step. This spreads answers."""
     return 1000 * (decode.step_seconds or costs.step_seconds) * decode.num_requests
 
 

@@ -1,29 +1,27 @@
 """Paged attention for the CPU, compiled by numba: a batch is cut into items of work (`plan`), threads take them one
 after another (`attention`), and each streams over tiles of keys in float32 vectors (`tile`, `simd`).
 
-Threads: numba's `omp` layer. Its `workqueue` must not be entered by two Python threads at once, which two engines in
-one process do, and `tbb` is a package more. With GNU OpenMP numba finds the libgomp that torch has loaded, so that
-both share one pool of threads instead of spinning against each other; hence also torch.get_num_threads() is the
-number used. The price of GNU OpenMP: a process that has computed must not fork and compute in the child; spawn.
+Threads are torch's own, and as many as torch.get_num_threads(): see `openmp` for why not numba's.
 
 dtypes: float32, bfloat16 and float16, for queries and cache independently; others go to `reference`.
 """
 
 from __future__ import annotations
 
-import numba
+import ctypes
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from relevo.kernels import reference
-from relevo.kernels.cpu.attention import attend
-from relevo.kernels.cpu.plan import Problem
+from relevo.kernels.cpu.attention import build_worker
+from relevo.kernels.cpu.openmp import run_on_threads
+from relevo.kernels.cpu.plan import plan
+from relevo.kernels.cpu.records import PROBLEM, WORK, Problem
 from relevo.kernels.cpu.simd import BFLOAT16, FLOAT16, FLOAT32
 from relevo.kernels.cpu.store import Lines, scatter
 from relevo.kernels.metadata import AttentionMetadata
-
-# Read by numba when it first starts its threads. Setting it is the only way to choose.
-numba.config.THREADING_LAYER = "omp"
 
 ELEMENTS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 NO_WINDOW = 1 << 40
@@ -77,41 +75,40 @@ def paged_attention(
     output = torch.empty(num_tokens, heads, v_dim, dtype=query.dtype)
     query_bytes, cache_bytes = query.element_size(), k_cache.element_size()
     key_strides, value_strides = k_cache.stride(), v_cache.stride()
-    attend(
-        Problem(
-            query=query.data_ptr(),
-            key=k_cache.data_ptr(),
-            value=v_cache.data_ptr(),
-            output=output.data_ptr(),
-            block_table=block_table.data_ptr(),
-            seq_lens=seq_lens.data_ptr(),
-            cu_seqlens_q=cu_seqlens_q.data_ptr(),
-            sinks=0 if sinks is None else sinks.data_ptr(),
-            query_token_stride=query.stride(0) * query_bytes,
-            query_head_stride=query.stride(1) * query_bytes,
-            key_block_stride=key_strides[0] * cache_bytes,
-            key_token_stride=key_strides[1] * cache_bytes,
-            key_head_stride=key_strides[2] * cache_bytes,
-            value_block_stride=value_strides[0] * cache_bytes,
-            value_token_stride=value_strides[1] * cache_bytes,
-            value_head_stride=value_strides[2] * cache_bytes,
-            block_table_stride=block_table.shape[1] * block_table.element_size(),
-            query_element=ELEMENTS[query.dtype],
-            cache_element=ELEMENTS[k_cache.dtype],
-            num_seqs=seq_lens.shape[0],
-            max_blocks=block_table.shape[1],
-            num_blocks=num_blocks,
-            block_size=block_size,
-            heads=heads,
-            kv_heads=kv_heads,
-            k_dim=k_dim,
-            v_dim=v_dim,
-            window=NO_WINDOW if sliding_window is None else sliding_window,
-            workers=_use_torch_threads(),
-            scale=float(scale),
-            softcap=0.0 if softcap is None else float(softcap),
-        )
+    problem = Problem(
+        query=query.data_ptr(),
+        key=k_cache.data_ptr(),
+        value=v_cache.data_ptr(),
+        output=output.data_ptr(),
+        block_table=block_table.data_ptr(),
+        seq_lens=seq_lens.data_ptr(),
+        cu_seqlens_q=cu_seqlens_q.data_ptr(),
+        sinks=0 if sinks is None else sinks.data_ptr(),
+        query_token_stride=query.stride(0) * query_bytes,
+        query_head_stride=query.stride(1) * query_bytes,
+        key_block_stride=key_strides[0] * cache_bytes,
+        key_token_stride=key_strides[1] * cache_bytes,
+        key_head_stride=key_strides[2] * cache_bytes,
+        value_block_stride=value_strides[0] * cache_bytes,
+        value_token_stride=value_strides[1] * cache_bytes,
+        value_head_stride=value_strides[2] * cache_bytes,
+        block_table_stride=block_table.shape[1] * block_table.element_size(),
+        query_element=ELEMENTS[query.dtype],
+        cache_element=ELEMENTS[k_cache.dtype],
+        num_seqs=seq_lens.shape[0],
+        max_blocks=block_table.shape[1],
+        num_blocks=num_blocks,
+        block_size=block_size,
+        heads=heads,
+        kv_heads=kv_heads,
+        k_dim=k_dim,
+        v_dim=v_dim,
+        window=NO_WINDOW if sliding_window is None else sliding_window,
+        workers=torch.get_num_threads(),
+        scale=float(scale),
+        softcap=0.0 if softcap is None else float(softcap),
     )
+    _attend(problem)
     return output
 
 
@@ -124,6 +121,23 @@ def warm_up(dtype: torch.dtype) -> None:
     bounds, table = torch.tensor([0, 1], dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
     store_kv(token, token, cache, cache, slot)
     paged_attention(token, cache, cache, AttentionMetadata(table, slot, one, bounds, 1, 1), scale=1.0)
+
+
+def _attend(problem: Problem) -> None:
+    """Plan, allocate, and work on all threads; the caller keeps alive what the problem points at."""
+    packed = ctypes.create_string_buffer(PROBLEM.pack(*problem), PROBLEM.size)
+    items, groups, scratch_size, results_size = plan(ctypes.addressof(packed))
+    counters = torch.zeros(2 + groups, dtype=torch.int64)
+    scratch = torch.empty(scratch_size, dtype=torch.float32)
+    results = torch.empty(results_size, dtype=torch.float32)
+    addresses = (ctypes.addressof(packed), items.ctypes.data, len(items))
+    work = WORK.pack(*addresses, counters.data_ptr(), scratch.data_ptr(), results.data_ptr())
+    run_on_threads(_worker(), work, problem.workers)
+
+
+@cache
+def _worker() -> int:
+    return build_worker()
 
 
 def _dense_rows(tensor: Tensor) -> Tensor:
@@ -144,11 +158,3 @@ def _lines(source: Tensor, cache: Tensor) -> Lines:
         strides[2] * size,
         cache.shape[3] * size,
     )
-
-
-def _use_torch_threads() -> int:
-    """As many threads as torch has, of those numba may start; numba keeps the number per calling thread."""
-    workers = min(torch.get_num_threads(), int(numba.config.NUMBA_NUM_THREADS))
-    if numba.get_num_threads() != workers:
-        numba.set_num_threads(workers)
-    return workers

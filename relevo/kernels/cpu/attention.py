@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import numba
-import numpy as np
-import numpy.typing as npt
-
-from relevo.kernels.cpu import plan as columns
 from relevo.kernels.cpu.buffers import Buffers, Result, buffers_at, padded, result_at, result_floats, scratch_floats
 from relevo.kernels.cpu.finish import merge, write
-from relevo.kernels.cpu.jit import entry_point, jit, sources_digest
-from relevo.kernels.cpu.plan import Problem, Table, plan
+from relevo.kernels.cpu.jit import callback, jit, sources_digest
+from relevo.kernels.cpu.records import ITEM_FIELDS, Item, Problem, load_item, load_problem, load_work
 from relevo.kernels.cpu.simd import (
     FLOAT32,
     fetch_add,
+    float_of,
     load_float,
     load_int32,
     prefetch,
@@ -23,6 +17,7 @@ from relevo.kernels.cpu.simd import (
     store,
     store_float,
     widen,
+    widen_rows,
 )
 from relevo.kernels.cpu.tile import (
     MASKED,
@@ -36,63 +31,45 @@ from relevo.kernels.cpu.tile import (
     softmax,
 )
 
-Floats = npt.NDArray[np.float32]
 
+def build_worker() -> int:
+    """The address of `void work(const Work *)`, which each thread calls: it takes items until none is left."""
+    digest = sources_digest()
 
-def _build(digest: int) -> Callable[[Problem], None]:
-    @entry_point(parallel=True)
-    def attend(problem: Problem) -> None:
+    def work(address: int) -> None:
         assert digest >= 0  # closed over, so that machine code on disk is only used with the source it came from
-        items, partials, groups = plan(problem)
-        counters, scratch, results = _workspace(problem, partials, groups)
-        for worker in numba.prange(problem.workers):
-            _work(problem, items, counters, scratch[worker], results)
+        work = load_work(address)
+        problem = load_problem(work.problem)
+        worker = fetch_add(work.counters, 1)
+        buffers = buffers_at(problem, work.scratch + 4 * worker * scratch_floats(problem))
+        size = 4 * result_floats(problem)
+        while True:
+            taken = fetch_add(work.counters + 8, 1)
+            if taken >= work.num_items:
+                break
+            item = load_item(work.items + 8 * ITEM_FIELDS * taken)
+            if item.splits == 1:
+                _attend_item(problem, item, buffers, buffers.result)
+                write(problem, item, buffers.result, buffers.line)
+                continue
+            parts = work.results + item.partial * size
+            _attend_item(problem, item, buffers, result_at(problem, parts + item.split * size))
+            # whoever is last to finish one of the splits puts them together
+            if fetch_add(work.counters + 16 + 8 * item.group, 1) == item.splits - 1:
+                merge(problem, item, parts, size)
+                write(problem, item, result_at(problem, parts), buffers.line)
 
-    return attend
-
-
-attend = _build(sources_digest())
-
-
-@jit
-def _workspace(problem: Problem, partials: int, groups: int) -> tuple[Table, Floats, Floats]:
-    """Counters (of items taken, then of each group's parts done), threads' scratch, and partial results."""
-    counters = np.zeros(1 + groups, np.int64)
-    scratch = np.empty((problem.workers, scratch_floats(problem)), np.float32)
-    return counters, scratch, np.empty(partials * result_floats(problem), np.float32)
-
-
-@jit
-def _work(problem: Problem, items: Table, counters: Table, scratch: Floats, results: Floats) -> None:
-    """Take items until none is left. Arrays are arguments, so that they outlive the addresses taken of them."""
-    buffers = buffers_at(problem, scratch.ctypes.data)
-    size = 4 * result_floats(problem)
-    while True:
-        taken = fetch_add(counters.ctypes.data, 1)
-        if taken >= len(items):
-            return
-        item = items[taken]
-        splits = item[columns.SPLITS]
-        if splits == 1:
-            _attend_item(problem, item, buffers, buffers.result)
-            write(problem, item, buffers.result, buffers.line)
-            continue
-        mine = results.ctypes.data + item[columns.PARTIAL] * size
-        _attend_item(problem, item, buffers, result_at(problem, mine + item[columns.SPLIT] * size))
-        # whoever is last to finish a group's parts puts them together
-        if fetch_add(counters.ctypes.data + 8 * (1 + item[columns.GROUP]), 1) == splits - 1:
-            merge(problem, item, mine, size)
-            write(problem, item, result_at(problem, mine), buffers.line)
+    return callback(work)
 
 
 @jit
-def _attend_item(problem: Problem, item: Table, buffers: Buffers, result: Result) -> None:
+def _attend_item(problem: Problem, item: Item, buffers: Buffers, result: Result) -> None:
     group = problem.heads // problem.kv_heads
-    rows = item[columns.TOKENS] * group
+    rows = item.tokens * group
     panel = 8 if rows <= 8 else MAX_PANEL
     _load_queries(problem, item, buffers, rows, panel)
     _clear(problem, item, result, rows)
-    begin, end = item[columns.BEGIN], item[columns.END]
+    begin, end = item.begin, item.end
     for first_key in range(begin, end, TILE_KEYS):
         tokens = min(TILE_KEYS, end - first_key)
         _load_keys(problem, item, buffers, first_key, tokens)
@@ -103,7 +80,7 @@ def _attend_item(problem: Problem, item: Table, buffers: Buffers, result: Result
 @jit
 def _attend_panel(
     problem: Problem,
-    item: Table,
+    item: Item,
     buffers: Buffers,
     result: Result,
     panel: int,
@@ -115,8 +92,8 @@ def _attend_panel(
     """One panel of rows against the tile's keys [first_key, first_key + tokens)."""
     group = problem.heads // problem.kv_heads
     last_row = min(first_row + panel, rows) - 1
-    low = item[columns.POSITION] + first_row // group
-    high = item[columns.POSITION] + last_row // group
+    low = item.position + first_row // group
+    high = item.position + last_row // group
     tokens = min(tokens, high + 1 - first_key)
     if tokens <= 0 or first_key + tokens <= low - problem.window + 1:
         return
@@ -126,10 +103,11 @@ def _attend_panel(
         logits_of_8_rows(logits, queries, buffers.keys, computed, problem.k_dim)
     else:
         logits_of_16_rows(logits, queries, buffers.keys, computed, problem.k_dim)
-    if problem.softcap > 0.0:
-        cap(logits, tokens * panel, problem.softcap)
+    softcap = float_of(problem.softcap)
+    if softcap > 0.0:
+        cap(logits, tokens * panel, softcap)
     if first_key + tokens - 1 > low or first_key <= high - problem.window:
-        mask(logits, tokens, panel, first_key - item[columns.POSITION], first_row, group, problem.window)
+        mask(logits, tokens, panel, first_key - item.position, first_row, group, problem.window)
     softmax(logits, result.maxima + 4 * first_row, result.sums + 4 * first_row, buffers.decay, tokens, panel)
     v_pad = padded(problem.v_dim)
     output = result.output + 4 * first_row * v_pad
@@ -137,15 +115,15 @@ def _attend_panel(
 
 
 @jit
-def _load_queries(problem: Problem, item: Table, buffers: Buffers, rows: int, panel: int) -> None:
+def _load_queries(problem: Problem, item: Item, buffers: Buffers, rows: int, panel: int) -> None:
     """Scale the item's queries and lay them into panels; rows past the last are zero."""
     group = problem.heads // problem.kv_heads
-    head = item[columns.KV_HEAD] * group
-    scale = np.float32(problem.scale)
+    head = item.kv_head * group
+    scale = float_of(problem.scale)
     for row in range((rows + panel - 1) // panel * panel):
         target = buffers.queries + 4 * ((row // panel) * panel * problem.k_dim + row % panel)
         if row < rows:
-            token = item[columns.FIRST] + row // group
+            token = item.first + row // group
             source = problem.query + token * problem.query_token_stride
             source += (head + row % group) * problem.query_head_stride
             widen(buffers.line, source, problem.k_dim, problem.query_element)
@@ -157,7 +135,7 @@ def _load_queries(problem: Problem, item: Table, buffers: Buffers, rows: int, pa
 
 
 @jit
-def _clear(problem: Problem, item: Table, result: Result, rows: int) -> None:
+def _clear(problem: Problem, item: Item, result: Result, rows: int) -> None:
     """A result over no keys; a sink counts as a key of no value, seen once."""
     group = problem.heads // problem.kv_heads
     whole = padded(rows)
@@ -165,35 +143,46 @@ def _clear(problem: Problem, item: Table, result: Result, rows: int) -> None:
         store(result.output + at, splat(0.0))
     for row in range(whole):
         maximum, total = MASKED, 0.0
-        if problem.sinks != 0 and item[columns.SPLIT] == 0 and row < rows:
-            maximum = load_float(problem.sinks + 4 * (item[columns.KV_HEAD] * group + row % group))
+        if problem.sinks != 0 and item.split == 0 and row < rows:
+            maximum = load_float(problem.sinks + 4 * (item.kv_head * group + row % group))
             total = 1.0
         store_float(result.maxima + 4 * row, maximum)
         store_float(result.sums + 4 * row, total)
 
 
 @jit
-def _load_keys(problem: Problem, item: Table, buffers: Buffers, first_key: int, tokens: int) -> None:
+def _load_keys(problem: Problem, item: Item, buffers: Buffers, first_key: int, tokens: int) -> None:
     """Gather the tile's keys and values as float32, and ask memory for the next tile's."""
-    v_pad = padded(problem.v_dim)
-    size = 4 if problem.cache_element == FLOAT32 else 2
-    table = problem.block_table + item[columns.SEQUENCE] * problem.block_table_stride
-    key_head = problem.key + item[columns.KV_HEAD] * problem.key_head_stride
-    value_head = problem.value + item[columns.KV_HEAD] * problem.value_head_stride
-    for token in range(tokens):
-        position = first_key + token
-        block_id, offset = load_int32(table + 4 * (position // problem.block_size)), position % problem.block_size
-        key = key_head + block_id * problem.key_block_stride + offset * problem.key_token_stride
-        value = value_head + block_id * problem.value_block_stride + offset * problem.value_token_stride
-        widen(buffers.keys + 4 * token * problem.k_dim, key, problem.k_dim, problem.cache_element)
-        widen(buffers.values + 4 * token * v_pad, value, problem.v_dim, problem.cache_element)
-        for d in range(problem.v_dim, v_pad):
-            store_float(buffers.values + 4 * (token * v_pad + d), 0.0)
-    for position in range(first_key + TILE_KEYS, min(first_key + 2 * TILE_KEYS, item[columns.END])):
-        block_id, offset = load_int32(table + 4 * (position // problem.block_size)), position % problem.block_size
-        key = key_head + block_id * problem.key_block_stride + offset * problem.key_token_stride
-        value = value_head + block_id * problem.value_block_stride + offset * problem.value_token_stride
-        for at in range(0, problem.k_dim * size, 64):
-            prefetch(key + at)
-        for at in range(0, problem.v_dim * size, 64):
-            prefetch(value + at)
+    v_pad, size, element = padded(problem.v_dim), problem.block_size, problem.cache_element
+    key_bytes, value_bytes = (4 * problem.k_dim, 4 * problem.v_dim) if element == FLOAT32 else (2 * problem.k_dim, 2 * problem.v_dim)
+    table = problem.block_table + item.sequence * problem.block_table_stride
+    keys = problem.key + item.kv_head * problem.key_head_stride
+    values = problem.value + item.kv_head * problem.value_head_stride
+    past = first_key + tokens
+    end = min(past + TILE_KEYS, item.end)
+    for block in range(first_key // size, (end - 1) // size + 1):
+        block_id = load_int32(table + 4 * block)
+        key = keys + block_id * problem.key_block_stride
+        value = values + block_id * problem.value_block_stride
+        # this block's tokens: [begin, middle) are the tile's, [middle, stop) are the next one's
+        begin, stop = max(first_key, block * size), min(end, (block + 1) * size)
+        middle = min(max(past, begin), stop)
+        key += (begin - block * size) * problem.key_token_stride
+        value += (begin - block * size) * problem.value_token_stride
+        at = begin - first_key
+        count = middle - begin
+        if count > 0:
+            widen_rows(buffers.keys + 4 * at * problem.k_dim, 4 * problem.k_dim, key, problem.key_token_stride, count, problem.k_dim, element)
+            widen_rows(buffers.values + 4 * at * v_pad, 4 * v_pad, value, problem.value_token_stride, count, problem.v_dim, element)
+            for token in range(at, at + count):
+                for d in range(problem.v_dim, v_pad):
+                    store_float(buffers.values + 4 * (token * v_pad + d), 0.0)
+            key += count * problem.key_token_stride
+            value += count * problem.value_token_stride
+        for _ in range(middle, stop):
+            for line in range(0, key_bytes, 64):
+                prefetch(key + line)
+            for line in range(0, value_bytes, 64):
+                prefetch(value + line)
+            key += problem.key_token_stride
+            value += problem.value_token_stride

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from relevo.kernels.cpu.jit import jit
-from relevo.kernels.cpu.plan import Problem, tokens_per_tile
+from relevo.kernels.cpu.records import Problem
 from relevo.kernels.cpu.tile import MAX_PANEL, TILE_KEYS
+
+MAX_ROWS = 128  # query rows (tokens × query heads of one kv head) that share one reading of the keys
 
 
 class Result(NamedTuple):
@@ -30,6 +32,12 @@ class Buffers(NamedTuple):
 
 
 @jit
+def tokens_per_item(problem: Problem) -> int:
+    """How many tokens of one sequence an item holds at most."""
+    return max(1, MAX_ROWS // (problem.heads // problem.kv_heads))
+
+
+@jit
 def padded(size: int) -> int:
     """Rounded up to whole panels, which are also whole cache lines."""
     return (size + MAX_PANEL - 1) // MAX_PANEL * MAX_PANEL
@@ -38,7 +46,7 @@ def padded(size: int) -> int:
 @jit
 def max_rows(problem: Problem) -> int:
     """The most rows an item has, rounded up."""
-    return padded(tokens_per_tile(problem) * (problem.heads // problem.kv_heads))
+    return padded(tokens_per_item(problem) * (problem.heads // problem.kv_heads))
 
 
 @jit

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from relevo.kernels.cpu import plan as columns
 from relevo.kernels.cpu.buffers import Result, padded, result_at
 from relevo.kernels.cpu.jit import jit
-from relevo.kernels.cpu.plan import Problem, Table
+from relevo.kernels.cpu.records import Item, Problem
 from relevo.kernels.cpu.simd import (
     FLOAT32,
     exp,
@@ -24,12 +23,12 @@ from relevo.kernels.cpu.simd import (
 
 
 @jit
-def merge(problem: Problem, item: Table, first: int, size: int) -> None:
+def merge(problem: Problem, item: Item, first: int, size: int) -> None:
     """Add up the item's partial results, `size` bytes apart, into the first of them."""
-    rows = item[columns.TOKENS] * (problem.heads // problem.kv_heads)
+    rows = item.tokens * (problem.heads // problem.kv_heads)
     v_pad = padded(problem.v_dim)
     into = result_at(problem, first)
-    for split in range(1, item[columns.SPLITS]):
+    for split in range(1, item.splits):
         part = result_at(problem, first + split * size)
         for row in range(rows):
             at = 4 * row
@@ -47,17 +46,17 @@ def merge(problem: Problem, item: Table, first: int, size: int) -> None:
 
 
 @jit
-def write(problem: Problem, item: Table, result: Result, line: int) -> None:
+def write(problem: Problem, item: Item, result: Result, line: int) -> None:
     """Divide by the sums and write the item's rows to the output tensor, in the queries' type."""
     group = problem.heads // problem.kv_heads
     v_pad = padded(problem.v_dim)
     size = 4 if problem.query_element == FLOAT32 else 2
-    for row in range(item[columns.TOKENS] * group):
+    for row in range(item.tokens * group):
         inverse = splat(1.0 / load_float(result.sums + 4 * row))
         source = result.output + 4 * row * v_pad
         for d in range(0, 4 * v_pad, 32):
             store(source + d, multiply(load(source + d), inverse))
-        token = item[columns.FIRST] + row // group
-        head = item[columns.KV_HEAD] * group + row % group
+        token = item.first + row // group
+        head = item.kv_head * group + row % group
         target = problem.output + (token * problem.heads + head) * problem.v_dim * size
         narrow(target, source, problem.v_dim, problem.query_element, line)

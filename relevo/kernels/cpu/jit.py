@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 import numba
+from numba import types
 from numba.extending import intrinsic as numba_intrinsic
 
 P = ParamSpec("P")
@@ -18,26 +19,22 @@ logger = logging.getLogger(__name__)
 
 
 def jit(function: Callable[P, R]) -> Callable[P, R]:
-    """Compile for use by other compiled functions; an entry point caches them with itself."""
-    return cast("Callable[P, R]", numba.njit(nogil=True, error_model="numpy")(function))
+    """Compile for use by other compiled functions; what Python calls keeps it on disk along with itself."""
+    return cast("Callable[P, R]", numba.njit(error_model="numpy")(function))
 
 
-def entry_point(*, parallel: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Compile for calls from Python: releases the GIL, and keeps its machine code on disk.
+def entry_point(function: Callable[P, R]) -> Callable[P, R]:
+    """Compile at the first call from Python; releases the GIL, and keeps its machine code on disk."""
+    return cast("Callable[P, R]", _kept_on_disk(numba.njit, function, nogil=True, error_model="numpy"))
 
-    Where no directory can be written (neither beside the source nor under the user's cache; NUMBA_CACHE_DIR
-    names another), each process compiles for itself, and says so once per function.
+
+def callback(function: Callable[[int], None]) -> int:
+    """Compile now a C function of one pointer, and return its address; keeps its machine code on disk.
+
+    It runs on threads that Python does not know: it must not raise, and must not own arrays.
     """
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        try:
-            compiled = numba.njit(nogil=True, error_model="numpy", parallel=parallel, cache=True)(function)
-        except RuntimeError as error:  # what numba raises for "no locator available"
-            logger.warning("compiled kernels will not be kept: %s; set NUMBA_CACHE_DIR to a writable directory", error)
-            compiled = numba.njit(nogil=True, error_model="numpy", parallel=parallel)(function)
-        return cast("Callable[P, R]", compiled)
-
-    return decorate
+    signature = types.void(types.int64)
+    return int(_kept_on_disk(numba.cfunc, function, signature, error_model="numpy").address)
 
 
 def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,9 +46,20 @@ def sources_digest() -> int:
     """A fingerprint of this package's source, under 2**31.
 
     numba keeps a function's machine code until that function's own file changes, although code from other
-    files is compiled into it. It also looks at the function's closure, so an entry point closes over this.
+    files is compiled into it. It also looks at the function's closure, so whatever is kept closes over this.
     """
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return int.from_bytes(digest.digest()[:4], "little") >> 1
+
+
+def _kept_on_disk(decorator: Callable[..., Any], function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Without a writable directory (beside the source, under the user's cache, or NUMBA_CACHE_DIR) only in memory."""
+    try:
+        return decorator(*args, cache=True, **options)(function)
+    except RuntimeError as error:
+        if "no locator available" not in str(error):
+            raise
+        logger.warning("%s; every process will compile it anew: set NUMBA_CACHE_DIR to a writable directory", error)
+        return decorator(*args, **options)(function)

@@ -2,137 +2,80 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from relevo.kernels.cpu.jit import jit
+from relevo.kernels.cpu.buffers import result_floats, scratch_floats, tokens_per_item
+from relevo.kernels.cpu.jit import entry_point, jit, sources_digest
+from relevo.kernels.cpu.records import ITEM_FIELDS, Item, Problem, load_problem, store_item
 from relevo.kernels.cpu.simd import load_int32
 
-MAX_ROWS = 128  # query rows (tokens × query heads of one kv head) that share one reading of the keys
 ITEMS_PER_THREAD = 4  # enough that a thread which lost its core for a while does not hold up the others
 MIN_SPLIT_KEYS = 256  # below, merging a split costs more than it gains
 
-Table = npt.NDArray[np.int64]
+Items = npt.NDArray[np.int64]
 
 
-class Problem(NamedTuple):
-    """One call's arguments: addresses and strides in bytes, everything else in elements."""
+class Span(NamedTuple):
+    """A sequence's part in the step."""
 
-    query: int
-    key: int
-    value: int
-    output: int
-    block_table: int
-    seq_lens: int
-    cu_seqlens_q: int
-    sinks: int  # of float32; 0: none
-    query_token_stride: int
-    query_head_stride: int
-    key_block_stride: int
-    key_token_stride: int
-    key_head_stride: int
-    value_block_stride: int
-    value_token_stride: int
-    value_head_stride: int
-    block_table_stride: int
-    query_element: int
-    cache_element: int
-    num_seqs: int
-    max_blocks: int
-    num_blocks: int
-    block_size: int
-    heads: int
-    kv_heads: int
-    k_dim: int
-    v_dim: int
-    window: int  # longer than any context: none
-    workers: int
-    scale: float
-    softcap: float  # 0: none
+    first: int  # tokens [first, past) of the batch
+    past: int
+    position: int  # of the first of them in its sequence
 
 
-# A tile's columns: tokens [FIRST, FIRST + TOKENS) of the batch, the first of them at POSITION of its sequence;
-# keys [BEGIN, END) of that sequence. Between them its queries see all of these keys.
-SEQUENCE, FIRST, TOKENS, POSITION, BEGIN, END = range(6)
-TILE_COLUMNS = 6
+def _build(digest: int) -> Callable[[int], tuple[Items, int, int, int]]:
+    @entry_point
+    def plan(problem_address: int) -> tuple[Items, int, int, int]:
+        """Cut the batch into items: ([items, ITEM_FIELDS], groups of splits, float32 of scratch, of results).
 
-# An item is a tile for one kv head, or one of SPLITS parts of it that have the same queries and different keys.
-# Such parts are a GROUP, counted from 0, and leave their results in PARTIAL, PARTIAL + 1, …
-KV_HEAD, SPLIT, SPLITS, PARTIAL, GROUP = range(TILE_COLUMNS, TILE_COLUMNS + 5)
-ITEM_COLUMNS = TILE_COLUMNS + 5
+        Raises IndexError if a block that would be read is not in the table, or not in the cache.
+        """
+        assert digest >= 0  # closed over, so that machine code on disk is only used with the source it came from
+        problem = load_problem(problem_address)
+        size = tokens_per_item(problem)
+        fair_share = max(1, _total_cost(problem, size) // (problem.workers * ITEMS_PER_THREAD))
+        items = np.empty((_emit(problem, size, fair_share, 0)[0], ITEM_FIELDS), np.int64)
+        _, partials, groups = _emit(problem, size, fair_share, items.ctypes.data)
+        return items, groups, problem.workers * scratch_floats(problem), partials * result_floats(problem)
+
+    return plan
+
+
+plan = _build(sources_digest())
 
 
 @jit
-def plan(problem: Problem) -> tuple[Table, int, int]:
-    """Cut the batch into items: ([items, ITEM_COLUMNS], how many partial results, how many groups).
-
-    Raises IndexError if a block that would be read is not in the table, or not in the cache.
-    """
-    tiles = _tiles(problem)
-    total_cost = 0
-    for tile in range(len(tiles)):
-        total_cost += problem.kv_heads * _cost(tiles[tile])
-    num_items = 0
-    for tile in range(len(tiles)):
-        num_items += problem.kv_heads * _splits(problem, tiles[tile], total_cost)
-
-    items = np.empty((num_items, ITEM_COLUMNS), np.int64)
-    item = partials = groups = 0
-    for tile in range(len(tiles)):
-        splits = _splits(problem, tiles[tile], total_cost)
-        begin, end = tiles[tile, BEGIN], tiles[tile, END]
-        for kv_head in range(problem.kv_heads):
-            for split in range(splits):
-                items[item, :TILE_COLUMNS] = tiles[tile]
-                items[item, BEGIN] = begin + (end - begin) * split // splits
-                items[item, END] = begin + (end - begin) * (split + 1) // splits
-                items[item, KV_HEAD] = kv_head
-                items[item, SPLIT] = split
-                items[item, SPLITS] = splits
-                items[item, PARTIAL] = partials
-                items[item, GROUP] = groups
-                item += 1
-            if splits > 1:
-                partials += splits
-                groups += 1
-    return items, partials, groups
+def _span(problem: Problem, sequence: int) -> Span:
+    at = problem.cu_seqlens_q + 4 * sequence
+    first, past = load_int32(at), load_int32(at + 4)
+    return Span(first, past, load_int32(problem.seq_lens + 4 * sequence) - (past - first))
 
 
 @jit
-def tokens_per_tile(problem: Problem) -> int:
-    """How many tokens of one sequence a tile holds at most."""
-    return max(1, MAX_ROWS // (problem.heads // problem.kv_heads))
+def _keys(problem: Problem, span: Span, token: int, tokens: int) -> tuple[int, int]:
+    """The keys [begin, end) that tokens [token, token + tokens) of the batch see between them."""
+    position = span.position + token - span.first
+    return max(0, position - problem.window + 1), position + tokens
 
 
 @jit
-def _tiles(problem: Problem) -> Table:
-    size = tokens_per_tile(problem)
-    count = 0
+def _total_cost(problem: Problem, size: int) -> int:
+    """Queries times keys, of all kv heads. Checks the block table on its way."""
+    total = 0
     for sequence in range(problem.num_seqs):
-        at = problem.cu_seqlens_q + 4 * sequence
-        count += (load_int32(at + 4) - load_int32(at) + size - 1) // size
-    tiles = np.empty((count, TILE_COLUMNS), np.int64)
-    tile = 0
-    for sequence in range(problem.num_seqs):
-        at = problem.cu_seqlens_q + 4 * sequence
-        first, past = load_int32(at), load_int32(at + 4)
-        seq_len = load_int32(problem.seq_lens + 4 * sequence)
-        if first < past:
-            first_key = max(0, seq_len - (past - first) - problem.window + 1)
-            _check_blocks(problem, sequence, first_key // problem.block_size, (seq_len - 1) // problem.block_size)
-        for token in range(first, past, size):
-            tokens = min(size, past - token)
-            position = seq_len - (past - token)
-            tiles[tile, SEQUENCE] = sequence
-            tiles[tile, FIRST] = token
-            tiles[tile, TOKENS] = tokens
-            tiles[tile, POSITION] = position
-            tiles[tile, BEGIN] = max(0, position - problem.window + 1)
-            tiles[tile, END] = position + tokens
-            tile += 1
-    return tiles
+        span = _span(problem, sequence)
+        if span.first < span.past:
+            begin, end = _keys(problem, span, span.first, span.past - span.first)
+            _check_blocks(problem, sequence, begin // problem.block_size, (end - 1) // problem.block_size)
+        for token in range(span.first, span.past, size):
+            tokens = min(size, span.past - token)
+            begin, end = _keys(problem, span, token, tokens)
+            total += tokens * (end - begin)
+    return total * problem.kv_heads
 
 
 @jit
@@ -146,14 +89,37 @@ def _check_blocks(problem: Problem, sequence: int, first: int, last: int) -> Non
 
 
 @jit
-def _cost(tile: Table) -> int:
-    return tile[TOKENS] * (tile[END] - tile[BEGIN])  # type: ignore[no-any-return]  # numba makes it an int
-
-
-@jit
-def _splits(problem: Problem, tile: Table, total_cost: int) -> int:
-    if problem.workers == 1:
-        return 1
-    share = max(1, total_cost // (problem.workers * ITEMS_PER_THREAD))
-    most = max(1, (tile[END] - tile[BEGIN]) // MIN_SPLIT_KEYS)
-    return min(most, (_cost(tile) + share - 1) // share)
+def _emit(problem: Problem, size: int, fair_share: int, items: int) -> tuple[int, int, int]:
+    """Write the items to an address, or only count them if it is 0: (items, partials, groups)."""
+    count = partials = groups = 0
+    for sequence in range(problem.num_seqs):
+        span = _span(problem, sequence)
+        for token in range(span.first, span.past, size):
+            tokens = min(size, span.past - token)
+            begin, end = _keys(problem, span, token, tokens)
+            splits = 1
+            if problem.workers > 1:
+                wanted = (tokens * (end - begin) + fair_share - 1) // fair_share
+                splits = min(wanted, max(1, (end - begin) // MIN_SPLIT_KEYS))
+            for kv_head in range(problem.kv_heads):
+                for split in range(splits):
+                    if items != 0:
+                        item = Item(
+                            sequence,
+                            token,
+                            tokens,
+                            span.position + token - span.first,
+                            begin + (end - begin) * split // splits,
+                            begin + (end - begin) * (split + 1) // splits,
+                            kv_head,
+                            split,
+                            splits,
+                            partials,
+                            groups,
+                        )
+                        store_item(items + 8 * ITEM_FIELDS * count, item)
+                    count += 1
+                if splits > 1:
+                    partials += splits
+                    groups += 1
+    return count, partials, groups

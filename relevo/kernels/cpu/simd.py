@@ -41,7 +41,7 @@ class _VectorModel(PrimitiveModel):  # type: ignore[misc]
         super().__init__(manager, numba_type, _VF32)
 
 
-def _operation(result: Any, emit: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+def operation(result: Any, emit: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
     """A compiled function of up to three arguments whose body is what `emit(builder, *values)` builds."""
     signature = result(*arguments)
 
@@ -132,39 +132,57 @@ def _tanh(builder: Any, x: Any) -> Any:
     return _call(builder, "llvm.copysign", builder.fdiv(builder.fsub(one, shrunk), builder.fadd(one, shrunk)), x)
 
 
+def _shuffled_sum(builder: Any, x: Any, y: Any, first: list[int], second: list[int]) -> Any:
+    shuffles = (builder.shuffle_vector(x, y, ir.Constant(_VI32, lanes)) for lanes in (first, second))
+    return builder.fadd(*shuffles)
+
+
+def _add_pairs(builder: Any, x: Any, y: Any) -> Any:
+    """(x0+x1, x2+x3, y0+y1, y2+y3, x4+x5, …), which AVX shuffles within 128 bits. Twice, of four: sums of fours."""
+    return _shuffled_sum(builder, x, y, [0, 2, 8, 10, 4, 6, 12, 14], [1, 3, 9, 11, 5, 7, 13, 15])
+
+
+def _add_halves(builder: Any, x: Any, y: Any) -> Any:
+    """(x0+x4, x1+x5, x2+x6, x3+x7, y0+y4, …): after two `add_pairs`, the sums of eight vectors' lanes, in order."""
+    return _shuffled_sum(builder, x, y, [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15])
+
+
 _address, _float, _int = types.int64, types.float32, types.int64
 
 # Vectors: arithmetic.
-splat = _operation(vector, _splat, _float)
-fma = _operation(vector, lambda b, x, y, z: _call(b, "llvm.fma", x, y, z), vector, vector, vector)
-add = _operation(vector, lambda b, x, y: b.fadd(x, y), vector, vector)
-subtract = _operation(vector, lambda b, x, y: b.fsub(x, y), vector, vector)
-multiply = _operation(vector, lambda b, x, y: b.fmul(x, y), vector, vector)
-divide = _operation(vector, lambda b, x, y: b.fdiv(x, y), vector, vector)
-maximum = _operation(vector, lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y), vector, vector)
-exp = _operation(vector, _exp, vector)
-tanh = _operation(vector, _tanh, vector)
+splat = operation(vector, _splat, _float)
+fma = operation(vector, lambda b, x, y, z: _call(b, "llvm.fma", x, y, z), vector, vector, vector)
+add = operation(vector, lambda b, x, y: b.fadd(x, y), vector, vector)
+subtract = operation(vector, lambda b, x, y: b.fsub(x, y), vector, vector)
+multiply = operation(vector, lambda b, x, y: b.fmul(x, y), vector, vector)
+divide = operation(vector, lambda b, x, y: b.fdiv(x, y), vector, vector)
+maximum = operation(vector, lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y), vector, vector)
+exp = operation(vector, _exp, vector)
+tanh = operation(vector, _tanh, vector)
 
-first_lane = _operation(_float, lambda b, x: b.extract_element(x, _I32(0)), vector)
+add_pairs = operation(vector, _add_pairs, vector, vector)
+add_halves = operation(vector, _add_halves, vector, vector)
+first_lane = operation(_float, lambda b, x: b.extract_element(x, _I32(0)), vector)
 
 # Vectors: memory.
-load = _operation(vector, lambda b, at: _load(b, at, _VF32), _address)
-load_bfloat16 = _operation(vector, lambda b, at: _from_bfloat16(b, _load(b, at, _VI16), _VI32, _VF32), _address)
-load_float16 = _operation(vector, lambda b, at: b.fpext(_load(b, at, _VF16), _VF32), _address)
-store = _operation(types.void, _store, _address, vector)
-store_bfloat16 = _operation(types.void, _store_bfloat16, _address, vector)
-store_float16 = _operation(types.void, lambda b, at, x: _store(b, at, b.fptrunc(x, _VF16)), _address, vector)
-broadcast = _operation(vector, lambda b, at: _splat(b, _load(b, at, _F32)), _address)
+load = operation(vector, lambda b, at: _load(b, at, _VF32), _address)
+load_bfloat16 = operation(vector, lambda b, at: _from_bfloat16(b, _load(b, at, _VI16), _VI32, _VF32), _address)
+load_float16 = operation(vector, lambda b, at: b.fpext(_load(b, at, _VF16), _VF32), _address)
+store = operation(types.void, _store, _address, vector)
+store_bfloat16 = operation(types.void, _store_bfloat16, _address, vector)
+store_float16 = operation(types.void, lambda b, at, x: _store(b, at, b.fptrunc(x, _VF16)), _address, vector)
+broadcast = operation(vector, lambda b, at: _splat(b, _load(b, at, _F32)), _address)
 
 # Scalars.
-load_float = _operation(_float, lambda b, at: _load(b, at, _F32), _address)
-store_float = _operation(types.void, _store, _address, _float)
-load_int32 = _operation(_int, lambda b, at: b.sext(_load(b, at, _I32), _I64), _address)
-load_int64 = _operation(_int, lambda b, at: _load(b, at, _I64), _address)
-_load_bfloat16_scalar = _operation(
+load_float = operation(_float, lambda b, at: _load(b, at, _F32), _address)
+store_float = operation(types.void, _store, _address, _float)
+load_int32 = operation(_int, lambda b, at: b.sext(_load(b, at, _I32), _I64), _address)
+load_int64 = operation(_int, lambda b, at: _load(b, at, _I64), _address)
+float_of = operation(_float, lambda b, bits: b.fptrunc(b.bitcast(bits, ir.DoubleType()), _F32), types.int64)
+_load_bfloat16_scalar = operation(
     _float, lambda b, at: _from_bfloat16(b, _load(b, at, _I16), _I32, _F32), _address
 )
-_load_float16_scalar = _operation(_float, lambda b, at: b.fpext(_load(b, at, ir.HalfType()), _F32), _address)
+_load_float16_scalar = operation(_float, lambda b, at: b.fpext(_load(b, at, ir.HalfType()), _F32), _address)
 
 
 def _prefetch(builder: Any, address: Any) -> None:
@@ -184,10 +202,26 @@ def _copy(builder: Any, target: Any, source: Any, num_bytes: Any) -> None:
     builder.call(function, [*pointers, num_bytes, ir.IntType(1)(0)])
 
 
-prefetch = _operation(types.void, _prefetch, _address)
-copy_bytes = _operation(types.void, _copy, _address, _address, types.int64)
+def record(fields: type[tuple[int, ...]]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Functions to load a NamedTuple of int64 from an address, and to store one there: load(at), store(at, value)."""
+    count = len(fields._fields)  # type: ignore[attr-defined]  # a NamedTuple's
+    kind = types.NamedUniTuple(types.int64, count, fields)
+
+    def emit_load(builder: Any, address: Any) -> Any:
+        value = builder.load(_pointer(builder, address, ir.ArrayType(_I64, count)))
+        value.align = 8
+        return value
+
+    def emit_store(builder: Any, address: Any, value: Any) -> None:
+        builder.store(value, _pointer(builder, address, value.type)).align = 8
+
+    return operation(kind, emit_load, _address), operation(types.void, emit_store, _address, kind)
+
+
+prefetch = operation(types.void, _prefetch, _address)
+copy_bytes = operation(types.void, _copy, _address, _address, types.int64)
 # Adds to an int64 that several threads count with, and returns what it was before.
-fetch_add = _operation(
+fetch_add = operation(
     types.int64, lambda b, at, n: b.atomic_rmw("add", _pointer(b, at, _I64), n, "seq_cst"), _address, types.int64
 )
 
@@ -195,19 +229,33 @@ fetch_add = _operation(
 @jit
 def widen(target: int, source: int, count: int, element: int) -> None:
     """Read `count` contiguous elements of any supported type and write them as float32."""
+    widen_rows(target, 0, source, 0, 1, count, element)
+
+
+@jit
+def widen_rows(
+    target: int, target_stride: int, source: int, source_stride: int, rows: int, count: int, element: int
+) -> None:
+    """`widen` for each of some rows, so many bytes apart."""
     whole = count - count % LANES
-    if element == BFLOAT16:
-        for i in range(0, whole, LANES):
-            store(target + 4 * i, load_bfloat16(source + 2 * i))
-        for i in range(whole, count):
-            store_float(target + 4 * i, _load_bfloat16_scalar(source + 2 * i))
-    elif element == FLOAT16:
-        for i in range(0, whole, LANES):
-            store(target + 4 * i, load_float16(source + 2 * i))
-        for i in range(whole, count):
-            store_float(target + 4 * i, _load_float16_scalar(source + 2 * i))
-    else:
-        copy_bytes(target, source, 4 * count)
+    for _ in range(rows):
+        if element == BFLOAT16:
+            for i in range(0, whole, LANES):
+                store(target + 4 * i, load_bfloat16(source + 2 * i))
+            for i in range(whole, count):
+                store_float(target + 4 * i, _load_bfloat16_scalar(source + 2 * i))
+        elif element == FLOAT16:
+            for i in range(0, whole, LANES):
+                store(target + 4 * i, load_float16(source + 2 * i))
+            for i in range(whole, count):
+                store_float(target + 4 * i, _load_float16_scalar(source + 2 * i))
+        else:
+            for i in range(0, whole, LANES):
+                store(target + 4 * i, load(source + 4 * i))
+            for i in range(whole, count):
+                store_float(target + 4 * i, load_float(source + 4 * i))
+        target += target_stride
+        source += source_stride
 
 
 @jit

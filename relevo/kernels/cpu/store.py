@@ -31,7 +31,7 @@ def _copy_token(lines: Lines, token: int, block_id: int, offset: int, kv_heads: 
 
 
 def _build(digest: int) -> Callable[[Lines, Lines, int, int, int, int, int], None]:
-    @entry_point()
+    @entry_point
     def scatter(
         key: Lines, value: Lines, slots: int, num_tokens: int, num_blocks: int, block_size: int, kv_heads: int
     ) -> None:

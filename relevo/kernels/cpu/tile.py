@@ -17,6 +17,8 @@ from __future__ import annotations
 from relevo.kernels.cpu.jit import jit
 from relevo.kernels.cpu.simd import (
     add,
+    add_halves,
+    add_pairs,
     broadcast,
     exp,
     fma,
@@ -36,42 +38,36 @@ MASKED = -1e30  # finite, so that a row that has seen no key yet computes 0 inst
 
 
 @jit
-def logits_of_8_rows(logits: int, queries: int, keys: int, tokens: int, k_dim: int) -> None:
-    """Eight keys at a time against one panel of 8; `tokens` is a multiple of 8."""
-    row = 4 * k_dim
-    for token in range(0, tokens, 8):
-        key = keys + row * token
+def logits_of_8_rows(logits: int, queries: int, keys: int, tokens: int, k_pad: int) -> None:
+    """One key at a time against 8 rows: dims lie in the lanes, because broadcasts would cost more than they feed."""
+    line = 4 * k_pad
+    for token in range(tokens):
         s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = splat(0.0)
-        for d in range(k_dim):
-            at = key + 4 * d
-            query = load(queries + 32 * d)
-            s0 = fma(broadcast(at), query, s0)
-            s1 = fma(broadcast(at + row), query, s1)
-            s2 = fma(broadcast(at + 2 * row), query, s2)
-            s3 = fma(broadcast(at + 3 * row), query, s3)
-            s4 = fma(broadcast(at + 4 * row), query, s4)
-            s5 = fma(broadcast(at + 5 * row), query, s5)
-            s6 = fma(broadcast(at + 6 * row), query, s6)
-            s7 = fma(broadcast(at + 7 * row), query, s7)
-        out = logits + 32 * token
-        store(out, s0)
-        store(out + 32, s1)
-        store(out + 64, s2)
-        store(out + 96, s3)
-        store(out + 128, s4)
-        store(out + 160, s5)
-        store(out + 192, s6)
-        store(out + 224, s7)
+        key = keys + token * line
+        for d in range(0, line, 32):
+            k = load(key + d)
+            query = queries + d
+            s0 = fma(k, load(query), s0)
+            s1 = fma(k, load(query + line), s1)
+            s2 = fma(k, load(query + 2 * line), s2)
+            s3 = fma(k, load(query + 3 * line), s3)
+            s4 = fma(k, load(query + 4 * line), s4)
+            s5 = fma(k, load(query + 5 * line), s5)
+            s6 = fma(k, load(query + 6 * line), s6)
+            s7 = fma(k, load(query + 7 * line), s7)
+        left = add_pairs(add_pairs(s0, s1), add_pairs(s2, s3))
+        right = add_pairs(add_pairs(s4, s5), add_pairs(s6, s7))
+        store(logits + 32 * token, add_halves(left, right))
 
 
 @jit
-def logits_of_16_rows(logits: int, queries: int, keys: int, tokens: int, k_dim: int) -> None:
+def logits_of_16_rows(logits: int, queries: int, keys: int, tokens: int, k_pad: int) -> None:
     """Four keys at a time against one panel of 16; `tokens` is a multiple of 4."""
-    row = 4 * k_dim
+    row = 4 * k_pad
     for token in range(0, tokens, 4):
         key = keys + row * token
         s0 = s1 = s2 = s3 = t0 = t1 = t2 = t3 = splat(0.0)
-        for d in range(k_dim):
+        for d in range(k_pad):
             at = key + 4 * d
             left, right = load(queries + 64 * d), load(queries + 64 * d + 32)
             k0 = broadcast(at)

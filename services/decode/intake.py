@@ -1,0 +1,97 @@
+"""What a split request waits for before it can step: its prompt's KV, and the token that prefill sampled."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+from relevo.core.errors import DeadlineExceeded, RelevoError
+from relevo.core.request import Request
+from relevo.engine.step_result import Reserved
+from services.worker.receiving import BlockReceiver
+from services.worker.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TakenIn:
+    """What there is to resume with. token_ids: the first token, or none if it is to be sampled here."""
+
+    num_computed_tokens: int
+    token_ids: list[int]
+
+
+class Intake:
+    """Takes in one request. The router's commands come in any order, before or after run() has begun."""
+
+    def __init__(self, worker: Worker, receiver: BlockReceiver, request: Request) -> None:
+        loop = asyncio.get_running_loop()
+        self._worker = worker
+        self._receiver = receiver
+        self._request = request
+        self._source_address: asyncio.Future[str | None] = loop.create_future()  # None: nothing will come
+        self._first_token: asyncio.Future[int | None] = loop.create_future()  # None: sampled here
+        self._is_local = False
+        self._fetching: asyncio.Timeout | None = None
+
+    def fetch_kv(self, source_agent_address: str) -> None:
+        _settle(self._source_address, source_agent_address)
+
+    def first_token(self, token_id: int) -> None:
+        _settle(self._first_token, token_id)
+
+    def compute_locally(self) -> None:
+        """Stop waiting, for the blocks and for the token: go on with what has arrived."""
+        self._is_local = True
+        _settle(self._source_address, None)
+        _settle(self._first_token, None)
+        if self._fetching is not None:
+            self._fetching.reschedule(asyncio.get_running_loop().time())
+
+    async def run(self, reserved: Reserved) -> TakenIn:
+        """Wait until the request can step. When this returns or raises, nobody writes into its blocks any more.
+
+        Raises DeadlineExceeded when the other side keeps it waiting beyond --handover-timeout-seconds.
+        """
+        limit = self._worker.settings.handover_timeout_seconds
+        try:
+            async with asyncio.timeout(limit):
+                num_blocks = await self._receive(reserved)
+                first_token = await self._first_token
+        except TimeoutError:
+            missing = "the first token" if self._source_address.done() else "word of where its KV is"
+            raise DeadlineExceeded(f"{missing} did not come within {limit:g} s") from None
+        return TakenIn(num_blocks * self._request.block_size, [] if first_token is None else [first_token])
+
+    async def _receive(self, reserved: Reserved) -> int:
+        """Fill the reserved blocks; the number of leading ones that are filled."""
+        request = self._request
+        num_cached_blocks = reserved.num_cached_tokens // request.block_size
+        names = request.block_hashes(request.num_prompt_tokens)
+        if num_cached_blocks == len(names):
+            return num_cached_blocks
+        source_address = await self._source_address
+        if source_address is None or self._is_local:
+            return num_cached_blocks
+        receiving = self._receiver.receive(
+            names[num_cached_blocks:], reserved.block_ids[num_cached_blocks:], source_address
+        )
+        try:
+            async with asyncio.timeout(self._worker.settings.fetch_timeout_seconds) as self._fetching:
+                await receiving.run()
+        except TimeoutError:
+            logger.debug("stopped waiting for blocks", extra={"request_id": request.request_id})
+        except RelevoError as error:
+            # The agent, ours or theirs: what has arrived is good, the rest is computed.
+            logger.warning("KV blocks were lost on the way (%s): recomputed here", error.message)
+        finally:
+            self._fetching = None
+        return num_cached_blocks + receiving.num_contiguous
+
+
+def _settle(future: asyncio.Future[str | None] | asyncio.Future[int | None], value: str | int | None) -> None:
+    """The first answer counts."""
+    if not future.done():
+        future.set_result(value)  # type: ignore[arg-type]  # each caller gives its own future's type

@@ -1,0 +1,84 @@
+"""The writer's end of a Publish stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+import grpc.aio
+
+from relevo.core.errors import Mismatch, Unavailable
+from services.common.errors import relevo_errors
+from services.kvtransfer.mapping import ArenaMapping
+from services.pb import kvtransfer_pb2
+
+REPLY_SECONDS = 3.0  # an agent that takes longer for an answer hangs
+_MAX_SEALS = 8192  # in one message: 160 KB
+
+PublishCall = grpc.aio.StreamStreamCall[kvtransfer_pb2.PublishRequest, kvtransfer_pb2.PublishReply]
+
+
+class Publication:
+    """Blocks that were announced, in the order in which they were: `granted` ones are ours to write.
+
+    Those in neither granted nor sealed are being written by somebody else.
+    """
+
+    def __init__(self, call: PublishCall, mapping: ArenaMapping, peer: str) -> None:
+        self.mapping = mapping
+        self.granted: dict[int, int] = {}  # index → slot
+        self.sealed: set[int] = set()  # indices: sealed before, or by us
+        self._call = call
+        self._peer = f"kvtransfer agent {peer}"
+        self._sealing = asyncio.Lock()
+
+    async def open(self, announce: kvtransfer_pb2.Announce) -> None:
+        reply = await self._exchange(kvtransfer_pb2.PublishRequest(announce=announce))
+        self.granted = {granted.index: granted.slot for granted in reply.granted.slots}
+        self.sealed = set(reply.granted.sealed)
+
+    def slot(self, index: int) -> memoryview:
+        """Where to write a granted block: block_bytes, for write_block."""
+        return self.mapping.slot(self.granted[index])
+
+    async def seal(self, blocks: Iterable[tuple[int, int]]) -> None:
+        """(index, checksum) of blocks that are written: readers see them when this returns.
+
+        With no blocks it keeps the lease alive. Raises Unavailable if the agent is gone, DeadlineExceeded if the lease
+        had ended.
+        """
+        todo = list(blocks)
+        async with self._sealing:
+            while True:
+                part, todo = todo[:_MAX_SEALS], todo[_MAX_SEALS:]
+                sealed = [kvtransfer_pb2.SealedBlock(index=index, checksum=checksum) for index, checksum in part]
+                await self._exchange(kvtransfer_pb2.PublishRequest(seal=kvtransfer_pb2.Seal(blocks=sealed)))
+                self.sealed.update(index for index, _ in part)
+                if not todo:
+                    return
+
+    async def finish(self) -> None:
+        """Tell the agent that no more comes, and wait until it has ended the lease."""
+        try:
+            async with asyncio.timeout(REPLY_SECONDS):
+                with relevo_errors(self._peer):
+                    await self._call.done_writing()
+                    while await self._call.read() is not grpc.aio.EOF:
+                        pass
+        except TimeoutError:
+            raise Unavailable(f"{self._peer} does not answer") from None
+
+    async def _exchange(self, request: kvtransfer_pb2.PublishRequest) -> kvtransfer_pb2.PublishReply:
+        try:
+            async with asyncio.timeout(REPLY_SECONDS):
+                with relevo_errors(self._peer):
+                    try:
+                        await self._call.write(request)
+                    except asyncio.InvalidStateError:  # the call has ended: read() tells why
+                        pass
+                    reply = await self._call.read()
+        except TimeoutError:
+            raise Unavailable(f"{self._peer} does not answer") from None
+        if not isinstance(reply, kvtransfer_pb2.PublishReply):
+            raise Mismatch(f"{self._peer} ended the stream without a reason")
+        return reply

@@ -1,0 +1,75 @@
+"""One writer's stream: Announce, Granted, then Seal and SealAck until it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from relevo.core.block_hash import HASH_BYTES
+from relevo.core.errors import DeadlineExceeded, InvalidRequest
+from services.kvtransfer.store import Store
+from services.pb import kvtransfer_pb2
+
+logger = logging.getLogger(__name__)
+
+FIRST_MESSAGE_SECONDS = 10.0
+_MAX_LEASE_MS = 3_600_000
+_ABORTED: int = grpc.StatusCode.ABORTED.value[0]
+
+PublishContext = grpc.aio.ServicerContext[kvtransfer_pb2.PublishRequest, kvtransfer_pb2.PublishReply]
+
+
+async def serve_publish(store: Store, context: PublishContext) -> None:
+    """What it granted and the writer has not sealed is free again, and missed by those who wait, when this returns."""
+    request = await read_within(context, FIRST_MESSAGE_SECONDS, "the first message")
+    if request is None:
+        return
+    announce = _validated(request)
+    store.require_cut(announce.agent_incarnation)
+    lease_id, announcement = store.announce(announce.block_hashes)
+    try:
+        slots = [kvtransfer_pb2.GrantedSlot(index=index, slot=slot) for index, slot in announcement.granted.items()]
+        granted = kvtransfer_pb2.Granted(slots=slots, sealed=announcement.sealed)
+        await context.write(kvtransfer_pb2.PublishReply(granted=granted))
+        while request := await read_within(context, announce.lease_ms / 1000, "a message (lease_ms)"):
+            if request.WhichOneof("request") != "seal":
+                raise InvalidRequest("only Seal may follow Announce", "request")
+            for block in request.seal.blocks:
+                store.seal(lease_id, block.index, block.checksum)
+            ack = kvtransfer_pb2.SealAck(num_blocks=len(request.seal.blocks))
+            await context.write(kvtransfer_pb2.PublishReply(seal_ack=ack))
+    finally:
+        num_given_up = store.end_lease(lease_id, _ABORTED)
+        if num_given_up:
+            logger.warning("%s gave up %d of its announced blocks", announce.worker_id, num_given_up)
+
+
+async def read_within(context: grpc.aio.ServicerContext[Any, Any], seconds: float, what: str) -> Any:
+    """The stream's next message, None at its end. Raises DeadlineExceeded; the call cannot be read after that."""
+    try:
+        async with asyncio.timeout(seconds):
+            message = await context.read()
+    except TimeoutError:
+        raise DeadlineExceeded(f"{what} did not come within {seconds:g} s") from None
+    return None if message is grpc.aio.EOF else message
+
+
+def _validated(request: kvtransfer_pb2.PublishRequest) -> kvtransfer_pb2.Announce:
+    if request.WhichOneof("request") != "announce":
+        raise InvalidRequest("the first message must be Announce", "request")
+    announce = request.announce
+    check_names(announce.block_hashes)
+    if not 1 <= announce.lease_ms <= _MAX_LEASE_MS:
+        raise InvalidRequest(f"lease_ms is {announce.lease_ms}: 1 to {_MAX_LEASE_MS} is right", "lease_ms")
+    return announce
+
+
+def check_names(names: Any) -> None:
+    """Raises InvalidRequest unless all are block hashes."""
+    for name in names:
+        if len(name) != HASH_BYTES:
+            raise InvalidRequest(f"a block hash has {len(name)} bytes: {HASH_BYTES} is right", "block_hashes")

@@ -1,0 +1,97 @@
+"""The agent's gRPC face; the contract is in protos/services/pb/kvtransfer.proto."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import grpc.aio
+
+from relevo.core.errors import InvalidRequest
+from services.kvtransfer.fetching import FetchContext, FetchSession, read_open_fetch
+from services.kvtransfer.publishing import PublishContext, serve_publish
+from services.kvtransfer.reader import Reader
+from services.kvtransfer.store import Store
+from services.kvtransfer.transports import DataServer
+from services.pb import kvtransfer_pb2, kvtransfer_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+
+class PullTokens:
+    """The readers' streams that are open, by their token: what the data port may show."""
+
+    def __init__(self) -> None:
+        self.readers: dict[bytes, Reader] = {}
+
+    def has_pinned_slot(self, token: bytes, slot: int) -> bool:
+        reader = self.readers.get(token)
+        return reader is not None and reader.has_pinned_slot(slot)
+
+
+class KvTransferServicer(kvtransfer_pb2_grpc.KvTransferServicer):
+    """address: under which other agents and workers reach this one. pin_seconds: how long a silent reader may pin."""
+
+    def __init__(
+        self, store: Store, tokens: PullTokens, data_server: DataServer, *, address: str, pin_seconds: float
+    ) -> None:
+        self._store = store
+        self._tokens = tokens
+        self._data_server = data_server
+        self._address = address
+        self._pin_seconds = pin_seconds
+
+    async def Attach(
+        self, request: kvtransfer_pb2.AttachRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> kvtransfer_pb2.AttachReply:
+        if request.block_bytes < 1:
+            raise InvalidRequest("block_bytes is 0: at least 1 is right", "block_bytes")
+        self._store.cut(request.block_bytes)
+        arena = self._store.arena
+        logger.info(
+            "%s (%s) attached with blocks of %d bytes", request.worker_id, request.incarnation, request.block_bytes
+        )
+        return kvtransfer_pb2.AttachReply(
+            agent_id=self._address,
+            incarnation=self._store.incarnation,
+            arena_path=str(arena.path),
+            slot_bytes=arena.slot_bytes,
+            num_slots=arena.num_slots,
+            advertised_address=self._address,
+        )
+
+    async def Publish(self, request_iterator: Any, context: PublishContext) -> None:  # type: ignore[override]
+        # grpc.aio allows handlers that read and write through the context: their `finally` runs at once when a call is
+        # cancelled, a suspended generator's only when it is collected.
+        await serve_publish(self._store, context)
+
+    async def Fetch(self, request_iterator: Any, context: FetchContext) -> None:  # type: ignore[override]
+        opened = await read_open_fetch(context)
+        if opened is None:
+            return
+        self._store.require_cut(opened.agent_incarnation)
+        source = "" if opened.source_agent_address == self._address else opened.source_agent_address
+        reader = Reader(self._store, list(opened.block_hashes))
+        self._tokens.readers[reader.token] = reader
+        try:
+            session = FetchSession(self._store, reader, context, self._data_server.address, self._pin_seconds)
+            await session.run(opened, source)
+        finally:
+            del self._tokens.readers[reader.token]
+            self._data_server.end_stream(reader.token)
+            reader.close()
+
+    async def Audit(
+        self, request: kvtransfer_pb2.AuditRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> kvtransfer_pb2.AuditReply:
+        audit = self._store.table.audit()
+        return kvtransfer_pb2.AuditReply(
+            num_slots=audit.num_slots,
+            num_free=audit.num_free,
+            num_granted=audit.num_granted,
+            num_sealed=audit.num_sealed,
+            num_pinned=audit.num_pinned,
+            num_leases=audit.num_leases,
+            num_fetches=audit.num_readers,
+            slot_bytes=self._store.arena.slot_bytes,
+        )

@@ -1,0 +1,126 @@
+"""The agent's store: the slot table over the arena, and the readers who wait for blocks. Lives in the event loop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from relevo.core.block_hash import BlockHash
+from relevo.core.errors import Mismatch
+from relevo.core.sizes import format_size
+from services.kvtransfer.arena import Arena, slot_bytes_for
+from services.kvtransfer.slots import Announcement, SlotTable
+
+logger = logging.getLogger(__name__)
+
+
+class Waiter(Protocol):
+    """Somebody who waits for granted blocks. Called in the event loop; must not block."""
+
+    def block_sealed(self, name: BlockHash) -> None: ...
+
+    def block_missing(self, name: BlockHash, code: int) -> None: ...
+
+
+@dataclass
+class Counters:
+    """Since the start."""
+
+    sealed_blocks: int = 0
+    fetched_blocks: int = 0
+    missing_blocks: dict[str, int] = field(default_factory=dict)  # by code
+    corrupt_blocks: int = 0
+    evicted_blocks: int = 0
+    pulled_bytes: int = 0
+    pull_seconds: float = 0.0
+
+
+class Store:
+    """All changes of the table go through here, so that nobody who waits is forgotten."""
+
+    def __init__(self, arena: Arena, incarnation: str) -> None:
+        self.arena = arena
+        self.table = SlotTable(0)
+        self.counters = Counters()
+        self._incarnation = incarnation
+        self._num_cuts = 0
+        self._waiters: dict[BlockHash, set[Waiter]] = {}
+
+    @property
+    def incarnation(self) -> str:
+        """Of the arena as it is cut now: what is known of another one's slots means nothing here."""
+        return f"{self._incarnation}.{self._num_cuts}"
+
+    def cut(self, block_bytes: int) -> None:
+        """Make sure that slots are for block_bytes. Raises Mismatch if they are not and somebody uses them."""
+        wanted = slot_bytes_for(block_bytes)
+        if wanted == self.arena.slot_bytes:
+            return
+        if not self.table.idle:
+            raise Mismatch(
+                f"the arena is in use with slots of {self.arena.slot_bytes} bytes; a block of {block_bytes} bytes needs"
+                f" slots of {wanted}: workers of one agent must have the same model and block size"
+            )
+        self.arena.cut(block_bytes)
+        self.table = SlotTable(self.arena.num_slots)
+        self._num_cuts += 1
+        logger.info("arena cut into %d slots of %s", self.arena.num_slots, format_size(self.arena.slot_bytes))
+
+    def require_cut(self, agent_incarnation: str) -> None:
+        """Raises Mismatch unless the caller has mapped the arena as it is now. "": it maps nothing."""
+        if agent_incarnation and agent_incarnation != self.incarnation:
+            raise Mismatch(f"the arena is {self.incarnation}, not {agent_incarnation}: attach again")
+        if not self.arena.slot_bytes:
+            raise Mismatch("nobody has attached yet: attach first")
+
+    # --- writers ---
+
+    def announce(self, names: Sequence[BlockHash]) -> tuple[int, Announcement]:
+        lease_id, announcement = self.table.announce(names)
+        self.counters.evicted_blocks, self.table.num_evictions = (
+            self.counters.evicted_blocks + self.table.num_evictions,
+            0,
+        )
+        return lease_id, announcement
+
+    def seal(self, lease_id: int, index: int, checksum: int) -> None:
+        name = self.table.seal(lease_id, index, checksum)
+        if name is not None:
+            self.counters.sealed_blocks += 1
+            for waiter in self._waiters.pop(name, ()):
+                waiter.block_sealed(name)
+
+    def abandon(self, lease_id: int, index: int, code: int) -> None:
+        """The block will not come, for the reason that code gives to those who wait for it."""
+        name = self.table.abandon(lease_id, index)
+        if name is not None:
+            self._give_up(name, code)
+
+    def end_lease(self, lease_id: int, code: int) -> None:
+        for name in self.table.end_lease(lease_id):
+            self._give_up(name, code)
+
+    # --- readers ---
+
+    def wait_for(self, name: BlockHash, waiter: Waiter) -> None:
+        """Exactly one call of the waiter follows, unless it forgets the name before."""
+        assert self.table.is_granted(name)
+        self._waiters.setdefault(name, set()).add(waiter)
+
+    def forget(self, name: BlockHash, waiter: Waiter) -> None:
+        """Stop waiting. Harmless when not waiting."""
+        waiters = self._waiters.get(name)
+        if waiters is not None:
+            waiters.discard(waiter)
+            if not waiters:
+                del self._waiters[name]
+
+    def check(self) -> None:
+        self.table.check()
+        assert all(waiters and self.table.is_granted(name) for name, waiters in self._waiters.items())
+
+    def _give_up(self, name: BlockHash, code: int) -> None:
+        for waiter in self._waiters.pop(name, ()):
+            waiter.block_missing(name, code)

@@ -1,0 +1,180 @@
+"""One request on a prefill worker, from its submit command to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from relevo.core.errors import InvalidRequest, RelevoError
+from relevo.core.block_hash import BlockHash
+from relevo.core.request import FinishReason
+from relevo.engine.step_result import Computed, EndedRequest, NewTokens, Reserved
+from services.kvtransfer.client import AgentClient
+from services.pb.messages_pb2 import Ended
+from services.pb.prefill_pb2 import Announced, PrefillCommand, PrefillUpdate, SubmitPrefill
+from services.prefill.handover import Handover
+from services.worker.deadline import Deadline
+from services.worker.messages import failed, finished, sampling_from_pb, tokens_to_pb
+from services.worker.ports import Admitted, Event
+from services.worker.receiving import BlockReceiver
+from services.worker.session import Reply
+from services.worker.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+
+class PrefillRequest:
+    """A task walks a request through its stages: announce, compute, hand over, end. Steps on the engine wake it.
+
+    The engine keeps the request's blocks from its first step until release(), because the task copies out of them.
+    So a cancel goes to the task first, and to the engine when the task is over.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        agent: AgentClient,
+        receiver: BlockReceiver,
+        submit: SubmitPrefill,
+        engine_id: str,
+        reply: Reply[PrefillUpdate],
+    ) -> None:
+        message = submit.request
+        self._worker = worker
+        self._agent = agent
+        self._receiver = receiver
+        self._reply = reply
+        self._name = message.request_id
+        self._request = worker.engine.make_request(
+            engine_id,
+            message.prompt_token_ids,
+            sampling_from_pb(message.sampling, max_tokens=1),
+            cache_salt=message.cache_salt,
+            hold_blocks=True,
+        )
+        self._num_blocks = self._request.num_prompt_tokens // self._request.block_size
+        self._num_blocks_at_decode = submit.ticket.num_blocks_at_decode
+        if self._num_blocks_at_decode > self._num_blocks:
+            raise InvalidRequest(
+                f"num_blocks_at_decode must be at most the prompt's {self._num_blocks} full blocks, "
+                f"not {self._num_blocks_at_decode}",
+                "num_blocks_at_decode",
+            )
+        self._reserved: asyncio.Future[Reserved] = asyncio.get_running_loop().create_future()
+        self._changed = asyncio.Event()  # _computed or _ended is new
+        self._computed: Computed | None = None
+        self._ended: EndedRequest | None = None
+        self._is_submitted = False
+        self._num_present_tokens = 0
+        self._is_cancelled = False
+        self._error: RelevoError | None = None
+        worker.register(engine_id, self)
+        self._deadline = Deadline(message.timeout_ms, self.cancel)
+        self._task = worker.spawn(self._run(), f"prefill {self._name}")
+        self._task.add_done_callback(self._task_done)
+        self._log("accepted as %s, %d tokens", engine_id, self._request.num_prompt_tokens)
+
+    def command(self, command: PrefillCommand) -> None:
+        if command.WhichOneof("command") == "cancel":
+            self.cancel()
+
+    def cancel(self, error: RelevoError | None = None) -> None:
+        if self._is_cancelled or self._reply.has_ended:
+            return
+        self._is_cancelled = True
+        self._error = self._error or error
+        self._task.cancel()  # _task_done goes on
+
+    def on_event(self, event: Event) -> None:
+        match event:
+            case NewTokens():
+                self._reply.send(PrefillUpdate(handle=self._reply.handle, first_token=tokens_to_pb(event)))
+            case Reserved():
+                if not self._reserved.done():
+                    self._reserved.set_result(event)
+            case Computed():
+                self._computed = event
+                self._changed.set()
+            case EndedRequest():
+                self._ended = event
+                self._changed.set()
+                if self._task.done():
+                    self._end()
+            case Admitted():
+                pass
+
+    async def _run(self) -> None:
+        try:
+            await self._walk()
+        except RelevoError as error:
+            self._error = error
+        except Exception:
+            logger.exception("request %s failed", self._name)
+            self._error = RelevoError("internal error of the prefill worker")
+
+    async def _walk(self) -> None:
+        request = self._request
+        names = request.block_hashes(request.num_prompt_tokens)
+        async with Handover(
+            self._agent, self._worker.engine.kv_cache, self._worker.copier, names, self._num_blocks_at_decode
+        ) as handover:
+            announced = Announced(agent_address=self._agent.advertised_address)
+            self._reply.send(PrefillUpdate(handle=self._reply.handle, announced=announced))
+            request.await_kv = handover.num_present_blocks > 0
+            self._is_submitted = True
+            self._worker.submit(request)
+            if request.await_kv:
+                await self._take_present(names[: handover.num_present_blocks])
+            is_last = False
+            while not is_last:
+                await self._changed.wait()
+                self._changed.clear()
+                # Read before the copy: what comes while it runs sets the event again.
+                is_last = self._ended is not None
+                if self._computed is not None:
+                    num_blocks = self._computed.num_computed_tokens // request.block_size
+                    await handover.hand_over(num_blocks, self._computed.block_ids)
+
+    async def _take_present(self, names: list[BlockHash]) -> None:
+        """Blocks of the prompt that the agent holds and our pool lacks come from there. Those that don't come are computed."""
+        request = self._request
+        reserved = await self._reserved
+        num_blocks = reserved.num_cached_tokens // request.block_size
+        # The last token is left to compute: its row has the logits of the first token.
+        wanted = names[num_blocks : (request.num_prompt_tokens - 1) // request.block_size]
+        if wanted:
+            receiving = self._receiver.receive(wanted, reserved.block_ids[num_blocks:], source_address="")
+            await receiving.run_for(self._worker.settings.fetch_timeout_seconds)
+            num_blocks += receiving.num_contiguous
+            self._log("%d blocks taken from the agent", receiving.num_contiguous)
+        self._num_present_tokens = num_blocks * request.block_size
+        self._worker.thread.resume(request.request_id, self._num_present_tokens, [])
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        """Nobody touches the blocks any more: the engine may have them back."""
+        request_id = self._request.request_id
+        if not self._is_submitted:
+            self._end()
+        elif self._ended is not None:
+            self._worker.thread.release(request_id)
+            self._end()
+        else:
+            self._worker.thread.abort(request_id)  # the engine says when it has ended
+
+    def _end(self) -> None:
+        self._deadline.stop()
+        self._worker.unregister(self._request.request_id)
+        ended = self._last_word()
+        self._reply.end(ended)
+        self._log("ended: %s", ended)
+
+    def _last_word(self) -> Ended:
+        num_cached_tokens = max(self._ended.num_cached_tokens if self._ended else 0, self._num_present_tokens)
+        if self._error is not None:
+            return failed(self._error, num_cached_tokens)
+        if self._is_cancelled or self._ended is None:
+            return finished(FinishReason.CANCELLED, num_cached_tokens)
+        return finished(self._ended.finish_reason, num_cached_tokens)
+
+    def _log(self, message: str, *values: object) -> None:
+        logger.debug(message, *values, extra={"request_id": self._name})

@@ -1,0 +1,1 @@
+"""The router: OpenAI-compatible HTTP in front; placement and relaying of tokens behind. Imports no torch."""

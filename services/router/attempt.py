@@ -1,0 +1,94 @@
+"""One try at serving a request on chosen workers; here the plain one: decode computes the prompt itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from relevo.core.errors import RelevoError, Unavailable
+from relevo.core.request import FinishReason
+from services.common.errors import error_from_proto
+from services.pb import decode_pb2, messages_pb2
+from services.router.connection import WorkerConnection
+from services.router.generation import EndEvent, TokensEvent
+from services.router.request_stream import RequestInbox, Update, WorkerCall
+
+Event = TokensEvent | EndEvent
+
+_FINISH_REASONS = {
+    messages_pb2.FINISH_REASON_STOP: FinishReason.STOP,
+    messages_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What an attempt needs of the request.
+
+    time_left_ms: of its deadline now, at least 1; 0 = it has none
+    """
+
+    request: messages_pb2.GenerationRequest
+    inbox: RequestInbox
+    time_left_ms: Callable[[], int]
+
+
+class Attempt(Protocol):
+    """Turns what workers say into events, and tells them what comes next. Never waits: the inbox's reader does."""
+
+    def start(self) -> None:
+        """Raises Unavailable if the decode worker is gone."""
+
+    def handle(self, call: WorkerCall, update: Update | RelevoError) -> Sequence[Event]:
+        """The events that follow from an item of the inbox. Raises what decode ended the request with."""
+
+    def cancel(self) -> None:
+        """At every stage that has not ended. Twice is harmless."""
+
+
+class DirectAttempt:
+    def __init__(self, job: Job, decode: WorkerConnection, num_uncached_tokens: int) -> None:
+        self._job = job
+        self._decode = decode
+        self._num_uncached_tokens = num_uncached_tokens
+        self._call: WorkerCall | None = None
+
+    def start(self) -> None:
+        command = decode_pb2.DecodeCommand(submit=decode_pb2.SubmitDecode(request=self._job.request))
+        command.submit.request.timeout_ms = self._job.time_left_ms()
+        self._call = self._decode.submit(command, self._job.inbox, self._num_uncached_tokens)
+
+    def handle(self, call: WorkerCall, update: Update | RelevoError) -> Sequence[Event]:
+        if isinstance(update, RelevoError):
+            raise update
+        assert isinstance(update, decode_pb2.DecodeUpdate)
+        return decode_events(update, update.ended.num_cached_tokens)
+
+    def cancel(self) -> None:
+        if self._call is not None:
+            self._call.cancel()
+
+
+def decode_events(update: decode_pb2.DecodeUpdate, num_cached_tokens: int) -> Sequence[Event]:
+    """num_cached_tokens: what the EndEvent will say, if this is the end."""
+    match update.WhichOneof("update"):
+        case "tokens":
+            return (tokens_event(update.tokens),)
+        case "ended":
+            return (end_event(update.ended, num_cached_tokens),)
+    return ()
+
+
+def tokens_event(tokens: messages_pb2.Tokens) -> TokensEvent:
+    return TokensEvent(tokens.token_ids, tokens.logprobs)
+
+
+def end_event(ended: messages_pb2.Ended, num_cached_tokens: int) -> EndEvent:
+    """Raises the error if the request ended with one; Unavailable if the worker gave it up."""
+    if ended.WhichOneof("end") == "error":
+        raise error_from_proto(ended.error)
+    reason = _FINISH_REASONS.get(ended.finish_reason)
+    if reason is None:  # CANCELLED, and it was not us: the worker is going down
+        raise Unavailable("the worker gave the request up")
+    return EndEvent(reason, num_cached_tokens)

@@ -1,0 +1,178 @@
+"""POST /v1/chat/completions"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NotRequired
+
+from typing_extensions import TypedDict
+
+from relevo.core.errors import InvalidRequest
+from services.router.answer import Answer, AnswerHead, Usage
+from services.router.choice import Choice, Delta
+from services.router.exchange import Exchange
+from services.router.logprobs import ChatLogprobs, TokenNames, chat_logprobs
+from services.router.protocol import ChatRequest
+from services.router.sampling import TokenLimit, make_sampling
+from services.router.serving import Prompt, Serving
+from services.router.stream import GenerationResponse
+
+
+class ReplyMessage(TypedDict):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(TypedDict):
+    index: int
+    message: ReplyMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+
+
+class ChatReply(TypedDict):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class MessageDelta(TypedDict):
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[str]
+
+
+class ChatChunkChoice(TypedDict):
+    index: int
+    delta: MessageDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+
+
+class ChatChunk(TypedDict):
+    """usage: null until the last event, and only there if stream_options.include_usage asks for it"""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: NotRequired[Usage | None]
+
+
+async def create_chat_completion(serving: Serving, exchange: Exchange, body: ChatRequest) -> GenerationResponse:
+    head = AnswerHead(f"chatcmpl-{uuid.uuid4().hex}", serving.model_name(body.model))
+    newer = body.max_completion_tokens
+    max_tokens = body.max_tokens if newer is None else newer
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    sampling = make_sampling(body, serving.defaults, max_tokens=max_tokens, logprobs=logprobs)
+    text = render_chat(serving, body.messages, body.add_generation_prompt, body.chat_template_kwargs)
+    prompt = Prompt(await serving.encode(text, "messages", add_special_tokens=body.add_special_tokens))
+    limit = TokenLimit(
+        max_tokens,
+        serving.defaults.max_tokens,
+        prompt_param="messages",
+        max_tokens_param="max_tokens" if newer is None else "max_completion_tokens",
+    )
+    payloads = ChatPayloads(serving, head, body)
+    return serving.generate(exchange, head.id, [prompt], body, sampling, limit, payloads)
+
+
+def render_chat(
+    serving: Serving, messages: list[dict[str, Any]], add_generation_prompt: bool, template_kwargs: Mapping[str, Any]
+) -> str:
+    """The model's chat template, filled in. Raises InvalidRequest if there is none, or if it refuses."""
+    tokenizer = serving.require_tokenizer("messages")
+    for name in template_kwargs:
+        if name in _RESERVED_KWARGS:
+            raise InvalidRequest(f"chat_template_kwargs must not hold {name!r}", "chat_template_kwargs")
+    return tokenizer.render_chat(messages, add_generation_prompt=add_generation_prompt, **template_kwargs)
+
+
+# What rendering itself is told; a request has other parameters for it, or none.
+_RESERVED_KWARGS = frozenset(
+    {
+        "self",
+        "messages",
+        "conversations",
+        "add_generation_prompt",
+        "continue_final_message",
+        "chat_template",
+        "tools",
+        "documents",
+        "tokenize",
+        "return_assistant_tokens_mask",
+        "bos_token",
+        "eos_token",
+    }
+)
+
+
+class ChatPayloads:
+    def __init__(self, serving: Serving, head: AnswerHead, body: ChatRequest) -> None:
+        self._head = head
+        self._names = TokenNames(serving.tokenizer)
+        self._with_logprobs = body.logprobs
+        self._include_usage = body.include_usage
+        self._begun: set[int] = set()  # choices whose role was told
+
+    def chunks(self, choice: Choice, delta: Delta) -> list[Mapping[str, Any]]:
+        deltas: list[MessageDelta] = []
+        if choice.index not in self._begun:
+            self._begun.add(choice.index)
+            deltas.append({"role": "assistant", "content": ""})
+        logprobs = chat_logprobs(self._names, delta.logprobs) if self._with_logprobs and delta.logprobs else None
+        if delta.text or logprobs is not None or delta.finish_reason is not None:
+            deltas.append({"content": delta.text} if delta.text or logprobs is not None else {})
+        last = len(deltas) - 1
+        return [
+            self._chunk(
+                [
+                    {
+                        "index": choice.index,
+                        "delta": message,
+                        "logprobs": logprobs if position == last else None,
+                        "finish_reason": delta.finish_reason if position == last else None,
+                    }
+                ],
+            )
+            for position, message in enumerate(deltas)
+        ]
+
+    def usage_chunk(self, usage: Usage) -> Mapping[str, Any]:
+        return self._chunk([]) | {"usage": usage}
+
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> Mapping[str, Any]:
+        reply: ChatReply = {
+            "id": self._head.id,
+            "object": "chat.completion",
+            "created": self._head.created,
+            "model": self._head.model,
+            "choices": [self._choice(answer) for answer in answers],
+            "usage": usage,
+        }
+        return reply
+
+    def _choice(self, answer: Answer) -> ChatChoice:
+        return {
+            "index": answer.choice.index,
+            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "logprobs": chat_logprobs(self._names, answer.logprobs) if self._with_logprobs else None,
+            "finish_reason": answer.finish_reason,
+        }
+
+    def _chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
+        chunk: ChatChunk = {
+            "id": self._head.id,
+            "object": "chat.completion.chunk",
+            "created": self._head.created,
+            "model": self._head.model,
+            "choices": choices,
+        }
+        if self._include_usage:
+            chunk["usage"] = None
+        return chunk

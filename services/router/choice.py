@@ -1,0 +1,84 @@
+"""One choice of an answer: a generation's tokens, turned into text as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from relevo.core.errors import Unavailable
+from relevo.core.request import FinishReason
+from relevo.detokenizer import Detokenizer
+from services.pb import messages_pb2
+from services.router.generation import EndEvent, Generation, TokensEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one event adds to a choice.
+
+    text: may be empty while characters or stop strings are incomplete
+    logprobs: empty, or one a token
+    num_tokens: 0 in a delta that only ends the choice
+    finish_reason: "stop" or "length" in the last delta, which every choice that does not fail has
+    """
+
+    text: str
+    logprobs: Sequence[messages_pb2.TokenLogprobs]
+    num_tokens: int
+    finish_reason: str | None = None
+
+
+class Choice:
+    """Pulls its generation event by event, and closes it at a stop string.
+
+    stop_token_ids: EOS (unless it is ignored) and the request's; the one that ends the answer is not in the text
+    """
+
+    def __init__(
+        self,
+        index: int,
+        prompt_index: int,
+        generation: Generation,
+        detokenizer: Detokenizer,
+        stop_token_ids: frozenset[int],
+    ) -> None:
+        self.index = index
+        self.prompt_index = prompt_index
+        self.num_tokens = 0
+        self.num_cached_tokens: int | None = None  # unknown yet
+        self._generation = generation
+        self._detokenizer = detokenizer
+        self._stop_token_ids = stop_token_ids
+
+    async def next(self) -> Delta:
+        """Not to be called after the delta with a finish_reason. Raises what the generation raises."""
+        event = await anext(self._generation)
+        if isinstance(event, EndEvent):
+            return self._end(event)
+        delta = self._push(event)
+        if delta.finish_reason is not None:
+            await self._generation.aclose()
+        return delta
+
+    async def aclose(self) -> None:
+        await self._generation.aclose()
+
+    def _push(self, event: TokensEvent) -> Delta:
+        if event.num_cached_tokens is not None:
+            self.num_cached_tokens = event.num_cached_tokens
+        token_ids = event.token_ids
+        num_before = self.num_tokens
+        ends = bool(token_ids) and token_ids[-1] in self._stop_token_ids
+        text = self._detokenizer.push(token_ids[:-1] if ends else token_ids)
+        if not self._detokenizer.stopped:
+            self.num_tokens += len(token_ids)
+            return Delta(text, event.logprobs, len(token_ids))
+        self.num_tokens = self._detokenizer.num_tokens_used
+        num_used = self.num_tokens - num_before
+        return Delta(text, event.logprobs[:num_used], num_used, FinishReason.STOP.value)
+
+    def _end(self, event: EndEvent) -> Delta:
+        if event.finish_reason is FinishReason.CANCELLED:
+            raise Unavailable("the request was cancelled by the server")
+        self.num_cached_tokens = event.num_cached_tokens
+        return Delta(self._detokenizer.finish(), (), 0, event.finish_reason.value)

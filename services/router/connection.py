@@ -1,0 +1,164 @@
+"""A worker as this router sees it: found, lost and found again under one address."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import grpc.aio
+
+from relevo.core.errors import Mismatch, RelevoError, Unavailable
+from services.common.errors import relevo_errors
+from services.common.grpc import cancelling, make_channel
+from services.pb import worker_pb2, worker_pb2_grpc
+from services.router.block_watch import BlockWatch
+from services.router.placement import WorkerView
+from services.router.prefix_index import PrefixIndex
+from services.router.request_stream import Command, RequestInbox, RequestStream, WorkerCall, WorkerKind
+from services.router.worker_load import WorkerLoad
+
+logger = logging.getLogger(__name__)
+
+CONNECT_SECONDS = 5.0  # how long one GetInfo waits for the worker to listen
+SILENCE_SECONDS = 15.0  # a worker says something every second; one that is silent for so long hangs
+MIN_BACKOFF_SECONDS = 0.05
+MAX_BACKOFF_SECONDS = 1.0
+
+
+class WorkerConnection:
+    """One channel: GetInfo, then a watch over its blocks and the stream of requests, until the stream breaks; again.
+
+    info: of the last connection, None before the first
+    """
+
+    def __init__(
+        self, address: str, kind: WorkerKind, index: PrefixIndex, *, silence_seconds: float = SILENCE_SECONDS
+    ) -> None:
+        self.address = address
+        self.kind = kind
+        self.info: worker_pb2.WorkerInfo | None = None
+        self.load = WorkerLoad()
+        self._index = index
+        self._silence_seconds = silence_seconds
+        self._stream: RequestStream | None = None
+        self._connected = asyncio.Event()
+
+    @property
+    def is_connected(self) -> bool:
+        return self._stream is not None
+
+    @property
+    def num_requests(self) -> int:
+        """Of this router, on this worker."""
+        return self._stream.num_requests if self._stream is not None else 0
+
+    async def wait_connected(self) -> None:
+        await self._connected.wait()
+
+    def submit(self, command: Command, inbox: RequestInbox, num_tokens: int) -> WorkerCall:
+        """A new request on this worker. Raises Unavailable if it is not connected."""
+        if self._stream is None:
+            raise Unavailable(f"{self.kind.name} worker {self.address} is not connected")
+        return self._stream.submit(command, inbox, num_tokens)
+
+    def view(self, num_cached_blocks: int) -> WorkerView:
+        """For placement. Only of workers that were connected once."""
+        assert self.info is not None
+        return WorkerView(
+            address=self.address,
+            fingerprint=self.info.layout_fingerprint,
+            block_size=self.info.block_size,
+            block_bytes=self.info.block_bytes,
+            has_agent=bool(self.info.agent_address),
+            max_num_seqs=self.info.max_num_seqs,
+            num_requests=self.load.num_requests,
+            num_waiting_tokens=self.load.num_waiting_tokens,
+            num_free_blocks=self.load.report.num_free_blocks,
+            prefill_tokens_per_second=self.load.report.prefill_tokens_per_second,
+            step_seconds=self.load.report.step_seconds,
+            num_cached_blocks=num_cached_blocks,
+        )
+
+    async def run(self) -> None:
+        """Stays connected, until cancelled."""
+        channel = make_channel(self.address)
+        backoff_seconds = MIN_BACKOFF_SECONDS
+        try:
+            while True:
+                try:
+                    info = await self._get_info(channel)
+                except Mismatch as error:
+                    logger.error("%s", error.message)  # noqa: TRY400 (an operator's mistake: its place says nothing)
+                except RelevoError as error:
+                    logger.info("waiting for %s worker %s: %s", self.kind.name, self.address, error.message)
+                else:
+                    backoff_seconds = MIN_BACKOFF_SECONDS
+                    reason = await self._serve(channel, info)
+                    logger.warning("lost %s worker %s: %s", self.kind.name, info.worker_id, reason.message)
+                await asyncio.sleep(backoff_seconds)
+                backoff_seconds = min(2 * backoff_seconds, MAX_BACKOFF_SECONDS)
+        finally:
+            self._index.forget(self.address)
+            await channel.close()
+
+    async def _get_info(self, channel: grpc.aio.Channel) -> worker_pb2.WorkerInfo:
+        with relevo_errors(self.address):
+            info = await worker_pb2_grpc.WorkerStub(channel).GetInfo(
+                worker_pb2.GetInfoRequest(), timeout=CONNECT_SECONDS, wait_for_ready=True
+            )
+        if info.role != self.kind.role:
+            role = worker_pb2.Role.Name(info.role)
+            raise Mismatch(f"{self.address} was given as a {self.kind.name} worker and says that it is {role}")
+        if not info.block_size or not info.max_num_seqs or len(info.layout_fingerprint) != 32:
+            raise Mismatch(f"{self.address}: its info names no block_size, max_num_seqs or layout_fingerprint")
+        return info
+
+    async def _serve(self, channel: grpc.aio.Channel, info: worker_pb2.WorkerInfo) -> Unavailable:
+        """One connection's life."""
+        if self.info is None or self.info.incarnation != info.incarnation:
+            self._index.forget(self.address)  # another process: it has none of what the old one had
+        self.info = info
+        self.load.reset()
+        stream = RequestStream(self.kind, channel, f"{self.kind.name} worker {info.worker_id}", self.load)
+        async with asyncio.TaskGroup() as tasks:
+            watch = tasks.create_task(self._watch(channel, stream))
+            self._stream = stream
+            self._connected.set()
+            logger.info("connected to %s worker %s at %s", self.kind.name, info.worker_id, self.address)
+            try:
+                return await stream.run()
+            finally:
+                self._stream = None
+                self._connected.clear()
+                watch.cancel()
+
+    async def _watch(self, channel: grpc.aio.Channel, stream: RequestStream) -> None:
+        """Keeps the index right as long as the connection lasts. Silence ends the connection; the rest a new watch."""
+        while True:
+            try:
+                await self._follow(channel)
+            except TimeoutError:
+                stream.break_off(Unavailable(f"{self.address} was silent for {self._silence_seconds:g} s"))
+                return
+            except RelevoError as error:
+                logger.info("watching the blocks of %s again: %s", self.address, error.message)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                # gRPC raises it also when it was the peer who ended the call with CANCELLED.
+            await asyncio.sleep(MIN_BACKOFF_SECONDS)
+
+    async def _follow(self, channel: grpc.aio.Channel) -> None:
+        """One WatchBlocks call, to its end. Raises TimeoutError on silence, EventGap, or what ended the call."""
+        watch = BlockWatch(self._index, self.address)
+        watching = worker_pb2_grpc.WorkerStub(channel).WatchBlocks(worker_pb2.WatchBlocksRequest())
+        with relevo_errors(self.address), cancelling(watching) as call:
+            while True:
+                async with asyncio.timeout(self._silence_seconds):
+                    event = await call.read()
+                if not isinstance(event, worker_pb2.BlockEvents):
+                    return  # EOF
+                if event.HasField("load"):
+                    self.load.reported(event.load, asyncio.get_running_loop().time())
+                watch.apply(event)

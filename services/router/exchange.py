@@ -1,0 +1,143 @@
+"""The outermost layer: request ids, keys, the count of answers, and the net under everything.
+
+Heads of responses (`http.response.start`) go through it, and get their x-request-id here. Token streams go past it:
+they write their bodies to `Exchange.send`, which is the server's own.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import time
+import uuid
+from dataclasses import dataclass, field
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from relevo.core.errors import InvalidRequest, RelevoError, Unauthenticated
+from services.router.errors import error_response, internal_error
+from services.router.metrics import EdgeMetrics
+
+logger = logging.getLogger(__name__)
+
+CLIENT_LEFT = 499
+MAX_REQUEST_ID_CHARS = 128
+MAX_TIMEOUT_MS = 2**31 - 1
+OPEN_PATHS = frozenset({"/health", "/version"})
+
+_SCOPE_KEY = "relevo.exchange"
+
+
+@dataclass(slots=True, eq=False)
+class Exchange:
+    """One request and its answer.
+
+    arrived: seconds, on the clock of time.perf_counter
+    outcome: the status that is counted; differs from the one sent if a stream fails half way or its client leaves
+    """
+
+    request_id: str
+    send: Send
+    timeout_ms: int | None = None
+    arrived: float = field(default_factory=time.perf_counter)
+    started: bool = False
+    outcome: int = CLIENT_LEFT
+
+    @staticmethod
+    def of(scope: Scope) -> Exchange:
+        exchange = scope[_SCOPE_KEY]
+        assert isinstance(exchange, Exchange)
+        return exchange
+
+    def remaining_ms(self) -> int:
+        """What is left of the client's deadline: 0 = it set none, negative = it is over."""
+        if self.timeout_ms is None:
+            return 0
+        left = self.timeout_ms - round((time.perf_counter() - self.arrived) * 1e3)
+        return left or -1
+
+
+class ExchangeLayer:
+    """ASGI app around the API's app."""
+
+    def __init__(self, api: ASGIApp, api_key: str | None, metrics: EdgeMetrics) -> None:
+        self._api = api
+        self._api_key = api_key.encode() if api_key is not None else None
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._api(scope, receive, send)
+            return
+        exchange = Exchange(_request_id(scope), send)
+        scope[_SCOPE_KEY] = exchange
+
+        async def send_head(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                exchange.started = True
+                exchange.outcome = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", exchange.request_id.encode())]
+            await send(message)
+
+        try:
+            self._authenticate(scope)
+            exchange.timeout_ms = _timeout_ms(scope)
+            await self._api(scope, receive, send_head)
+        except RelevoError as error:
+            await error_response(error)(scope, receive, send_head)
+        except Exception:
+            logger.exception("request %s: internal error", exchange.request_id)
+            exchange.outcome = 500
+            if not exchange.started:
+                await error_response(internal_error(exchange.request_id))(scope, receive, send_head)
+        finally:
+            route = scope.get("route")
+            endpoint = getattr(route, "path", "other")
+            self._metrics.requests.labels(endpoint, str(exchange.outcome)).inc()
+            seconds = time.perf_counter() - exchange.arrived
+            logger.debug("request %s: %s %d in %.3f s", exchange.request_id, endpoint, exchange.outcome, seconds)
+
+    def _authenticate(self, scope: Scope) -> None:
+        if self._api_key is None or scope["path"] in OPEN_PATHS:
+            return
+        scheme, _, key = (_header(scope, b"authorization") or b"").partition(b" ")
+        if not key:
+            raise Unauthenticated("no API key: send it in the header 'Authorization: Bearer KEY'")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._api_key):
+            raise Unauthenticated("the API key in the header 'Authorization' is not this server's")
+
+
+async def handle_bug(request: Request, error: Exception) -> Response:
+    """The answer to an exception that is no RelevoError; starlette raises it again, and the layer logs it."""
+    return error_response(internal_error(Exchange.of(request.scope).request_id))
+
+
+def _header(scope: Scope, name: bytes) -> bytes | None:
+    for key, value in scope["headers"]:
+        if key == name:
+            assert isinstance(value, bytes)
+            return value
+    return None
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's, if it is one that can go into logs and headers; else a new one."""
+    given = (_header(scope, b"x-request-id") or b"").decode("latin-1")
+    if 0 < len(given) <= MAX_REQUEST_ID_CHARS and given.isascii() and given.isprintable():
+        return given
+    return uuid.uuid4().hex
+
+
+def _timeout_ms(scope: Scope) -> int | None:
+    given = _header(scope, b"x-request-timeout-ms")
+    if given is None:
+        return None
+    if not given.isdigit() or not 1 <= int(given[:20]) <= MAX_TIMEOUT_MS:
+        shown = given[:40].decode("latin-1")
+        raise InvalidRequest(
+            f"x-request-timeout-ms must be a number of milliseconds from 1 to {MAX_TIMEOUT_MS}, not {shown!r}",
+            "x-request-timeout-ms",
+        )
+    return int(given)

@@ -1,0 +1,106 @@
+"""Log-probabilities in the two shapes of OpenAI's API."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Sequence
+
+from typing_extensions import TypedDict
+
+from relevo.tokenizer import Tokenizer
+from services.pb import messages_pb2
+
+LEAST_LOGPROB = -9999.0  # what OpenAI writes for "impossible"; JSON has no infinity
+
+
+class CompletionLogprobs(TypedDict):
+    """/v1/completions: parallel lists. text_offset: characters of the text before the token."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class TopLogprob(TypedDict):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(TypedDict):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(TypedDict):
+    content: list[ChatTokenLogprob]
+    refusal: None
+
+
+class TokenNames:
+    """How tokens are shown. Without a tokenizer: their ids in decimal."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+
+    def text(self, token_id: int) -> str:
+        return str(token_id) if self._tokenizer is None else self._tokenizer.token_text(token_id)
+
+    def bytes(self, token_id: int) -> bytes:
+        return str(token_id).encode() if self._tokenizer is None else self._tokenizer.token_bytes(token_id)
+
+
+class TextOffsets:
+    """Where each token of one choice begins in its text (characters). A character belongs to the token that ends it."""
+
+    def __init__(self, names: TokenNames, start: int) -> None:
+        self._names = names
+        self._offset = start
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def next(self, token_id: int) -> int:
+        before = self._offset
+        self._offset += len(self._decoder.decode(self._names.bytes(token_id)))
+        return before
+
+
+def completion_logprobs(
+    names: TokenNames, offsets: TextOffsets, entries: Sequence[messages_pb2.TokenLogprobs]
+) -> CompletionLogprobs:
+    """top_logprobs has the chosen token always, so it may hold one more than was asked for."""
+    top_logprobs = []
+    for entry in entries:
+        top: dict[str, float] = {}
+        for one in (*entry.top, entry.chosen):
+            top.setdefault(names.text(one.token_id), _finite(one.logprob))
+        top_logprobs.append(top)
+    return {
+        "tokens": [names.text(entry.chosen.token_id) for entry in entries],
+        "token_logprobs": [_finite(entry.chosen.logprob) for entry in entries],
+        "top_logprobs": top_logprobs,
+        "text_offset": [offsets.next(entry.chosen.token_id) for entry in entries],
+    }
+
+
+def chat_logprobs(names: TokenNames, entries: Iterable[messages_pb2.TokenLogprobs]) -> ChatLogprobs:
+    content: list[ChatTokenLogprob] = []
+    for entry in entries:
+        chosen = _shown(names, entry.chosen)
+        top = [_shown(names, one) for one in entry.top]
+        content.append({**chosen, "top_logprobs": top})
+    return {"content": content, "refusal": None}
+
+
+def _shown(names: TokenNames, one: messages_pb2.Logprob) -> TopLogprob:
+    return {
+        "token": names.text(one.token_id),
+        "logprob": _finite(one.logprob),
+        "bytes": list(names.bytes(one.token_id)),
+    }
+
+
+def _finite(logprob: float) -> float:
+    return logprob if logprob > LEAST_LOGPROB else LEAST_LOGPROB

@@ -1,0 +1,124 @@
+"""From a request's parameters and the model's defaults to the sampling parameters that workers get."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from typing import TypeVar
+
+from relevo.core.errors import InvalidRequest
+from relevo.core.sampling_params import MAX_SEED, SamplingParams
+from relevo.model_files import GenerationDefaults
+from services.pb import messages_pb2
+from services.router.errors import ContextLengthExceeded
+from services.router.generation import ServedModel
+from services.router.protocol import SamplingBody
+
+_Number = TypeVar("_Number", int, float)
+
+_MAX_UINT32 = 2**32 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLimit:
+    """How many tokens a request may generate, and what its parameters are called where the answer is "too many".
+
+    max_tokens: as the request says. default: what applies otherwise; None = the rest of the context
+    """
+
+    max_tokens: int | None
+    default: int | None
+    prompt_param: str
+    max_tokens_param: str = "max_tokens"
+
+    def resolve(self, num_prompt_tokens: int, max_model_len: int) -> int:
+        """Raises ContextLengthExceeded. A default is cut to what fits; what the request says is not."""
+        room = max_model_len - num_prompt_tokens
+        if room < 1:
+            raise ContextLengthExceeded(
+                f"the prompt has {num_prompt_tokens} tokens, but the model's context is {max_model_len} tokens, "
+                "of which at least one is for output",
+                self.prompt_param,
+            )
+        if self.max_tokens is None:
+            return room if self.default is None else min(room, self.default)
+        if self.max_tokens > room:
+            raise ContextLengthExceeded(
+                f"{self.max_tokens_param} {self.max_tokens} is more than the model's context of {max_model_len} tokens "
+                f"leaves after the prompt's {num_prompt_tokens}: at most {room}",
+                self.max_tokens_param,
+            )
+        return self.max_tokens
+
+
+def make_sampling(
+    body: SamplingBody, defaults: GenerationDefaults, *, max_tokens: int | None, logprobs: int | None
+) -> SamplingParams:
+    """The request's parameters; where it says nothing, the model's. Raises InvalidRequest naming the parameter."""
+    top_k = defaults.top_k if body.top_k is None else body.top_k
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=_or(body.min_tokens, 0),
+        temperature=_or(body.temperature, defaults.temperature),
+        top_p=_or(body.top_p, defaults.top_p),
+        top_k=0 if top_k == -1 else top_k,
+        min_p=_or(body.min_p, defaults.min_p),
+        seed=body.seed,
+        presence_penalty=_or(body.presence_penalty, 0.0),
+        frequency_penalty=_or(body.frequency_penalty, 0.0),
+        repetition_penalty=_or(body.repetition_penalty, defaults.repetition_penalty),
+        logit_bias=body.logit_bias,
+        logprobs=logprobs,
+        stop=body.stop,
+        stop_token_ids=tuple(body.stop_token_ids),
+        ignore_eos=body.ignore_eos,
+        skip_special_tokens=body.skip_special_tokens,
+    )
+
+
+def check_token_ids(sampling: SamplingParams, model: ServedModel) -> None:
+    """Raises InvalidRequest if logit_bias or stop_token_ids name a token that the model has not."""
+    for param, token_ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+        for token_id in token_ids:
+            if token_id >= model.vocab_size:
+                raise InvalidRequest(
+                    f"{param} names token {token_id}, but the model's ids are below {model.vocab_size}", param
+                )
+
+
+def choice_sampling(sampling: SamplingParams, max_tokens: int, seed: int, index: int) -> SamplingParams:
+    """The index-th choice for one prompt. Choice 0 takes the seed itself: asking for more changes no answer."""
+    if index > 0:
+        seed = int.from_bytes(sha256(f"{seed}:{index}".encode()).digest()[:8], "little") & MAX_SEED
+    return replace(sampling, max_tokens=max_tokens, seed=seed)
+
+
+def draw_seed() -> int:
+    return secrets.randbits(63)
+
+
+def sampling_to_proto(sampling: SamplingParams) -> messages_pb2.SamplingParams:
+    """Of resolved parameters: max_tokens and seed are set."""
+    assert sampling.max_tokens is not None
+    assert sampling.seed is not None
+    return messages_pb2.SamplingParams(
+        max_tokens=sampling.max_tokens,
+        min_tokens=sampling.min_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=min(sampling.top_k, _MAX_UINT32),
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        logit_bias=dict(sampling.logit_bias),
+        logprobs=sampling.logprobs,
+        stop_token_ids=sampling.stop_token_ids,
+        ignore_eos=sampling.ignore_eos,
+    )
+
+
+def _or(value: _Number | None, default: _Number) -> _Number:
+    return default if value is None else value

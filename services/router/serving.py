@@ -1,0 +1,166 @@
+"""What the routes work with, and the way from prompts to choices that they share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from relevo.core.errors import DeadlineExceeded, InvalidRequest, Unavailable
+from relevo.core.sampling_params import SamplingParams
+from relevo.detokenizer import Detokenizer
+from relevo.model_files import GenerationDefaults
+from relevo.tokenizer import Tokenizer
+from services.pb import messages_pb2
+from services.router.answer import Payloads
+from services.router.choice import Choice
+from services.router.errors import ModelNotFound
+from services.router.exchange import Exchange
+from services.router.generation import Dispatcher, ServedModel
+from services.router.metrics import EdgeMetrics
+from services.router.protocol import SamplingBody
+from services.router.sampling import TokenLimit, check_token_ids, choice_sampling, draw_seed, sampling_to_proto
+from services.router.stream import EventWriter, GenerationResponse, WholeWriter
+
+_LONG_TEXT_CHARS = 16_384  # takes some 5 ms to tokenize: from here on the event loop does not wait for it
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EdgeConfig:
+    """served_model_names: the first is the model's own, all are answered to. api_key: None = open to everybody"""
+
+    served_model_names: tuple[str, ...]
+    version: str
+    api_key: str | None = None
+    max_body_bytes: int = 16 << 20
+    max_choices: int = 1024  # of one request: prompts × n
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """text: for echo"""
+
+    token_ids: list[int]
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    config: EdgeConfig
+    tokenizer: Tokenizer | None
+    defaults: GenerationDefaults
+    dispatcher: Dispatcher
+    metrics: EdgeMetrics
+
+    def model_name(self, asked: str | None) -> str:
+        """Raises ModelNotFound. Who names no model gets the one there is."""
+        names = self.config.served_model_names
+        if asked is None:
+            return names[0]
+        if asked not in names:
+            raise ModelNotFound(f"the model {asked[:200]!r} is not served here; {' and '.join(map(repr, names))} is")
+        return asked
+
+    def model(self) -> ServedModel:
+        """Raises Unavailable before the first worker was seen."""
+        model = self.dispatcher.model()
+        if model is None:
+            raise Unavailable("no worker is there yet")
+        return model
+
+    def require_tokenizer(self, param: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise InvalidRequest("this model has no tokenizer: send token ids to /v1/completions", param)
+        return self.tokenizer
+
+    async def encode(self, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
+        tokenizer = self.require_tokenizer(param)
+        return await run_long(len(text), lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def generate(
+        self,
+        exchange: Exchange,
+        answer_id: str,
+        prompts: Sequence[Prompt],
+        body: SamplingBody,
+        sampling: SamplingParams,
+        limit: TokenLimit,
+        payloads: Payloads,
+    ) -> GenerationResponse:
+        """The response that will run all choices. Raises InvalidRequest and its like; nothing was started then."""
+        choices = self._choices(exchange, answer_id, prompts, body, sampling, limit)
+        writer = (
+            EventWriter(exchange, payloads, include_usage=body.include_usage)
+            if body.stream
+            else WholeWriter(payloads, choices)
+        )
+        lengths = [len(prompt.token_ids) for prompt in prompts]
+        return GenerationResponse(exchange, choices, lengths, writer, self.metrics)
+
+    def _choices(
+        self,
+        exchange: Exchange,
+        answer_id: str,
+        prompts: Sequence[Prompt],
+        body: SamplingBody,
+        sampling: SamplingParams,
+        limit: TokenLimit,
+    ) -> list[Choice]:
+        model = self.model()
+        check_token_ids(sampling, model)
+        if len(prompts) * body.n > self.config.max_choices:
+            raise InvalidRequest(
+                f"{len(prompts)} prompts with n={body.n} make more than {self.config.max_choices} choices", "n"
+            )
+        timeout_ms = exchange.remaining_ms()
+        if timeout_ms < 0:
+            raise DeadlineExceeded("the time was over before the request was read")
+        stop_token_ids = frozenset(sampling.stop_token_ids)
+        if not sampling.ignore_eos:
+            stop_token_ids |= frozenset(self.defaults.eos_token_ids)
+        planned: list[tuple[int, messages_pb2.GenerationRequest]] = []  # with its prompt's index
+        for prompt_index, prompt in enumerate(prompts):
+            check_prompt(prompt.token_ids, model, limit.prompt_param)
+            max_tokens = limit.resolve(len(prompt.token_ids), model.max_model_len)
+            seed = draw_seed() if sampling.seed is None else sampling.seed
+            for nth in range(body.n):
+                request = messages_pb2.GenerationRequest(
+                    request_id=f"{answer_id}-{len(planned)}",
+                    prompt_token_ids=prompt.token_ids,
+                    sampling=sampling_to_proto(choice_sampling(sampling, max_tokens, seed, nth)),
+                    cache_salt=body.cache_salt,
+                    timeout_ms=timeout_ms,
+                )
+                planned.append((prompt_index, request))
+        return [
+            Choice(
+                index,
+                prompt_index,
+                self.dispatcher.generate(request),
+                Detokenizer(
+                    self.tokenizer,
+                    prompts[prompt_index].token_ids,
+                    stop=sampling.stop,
+                    skip_special_tokens=sampling.skip_special_tokens,
+                    min_tokens=sampling.min_tokens,
+                ),
+                stop_token_ids,
+            )
+            for index, (prompt_index, request) in enumerate(planned)
+        ]
+
+
+def check_prompt(token_ids: Sequence[int], model: ServedModel, param: str) -> None:
+    if not token_ids:
+        raise InvalidRequest(f"{param} must not be empty: it has no tokens", param)
+    for token_id in (min(token_ids), max(token_ids)):
+        if not 0 <= token_id < model.vocab_size:
+            raise InvalidRequest(f"{param} has token id {token_id}; ids are from 0 to {model.vocab_size - 1}", param)
+
+
+async def run_long(num_chars: int, work: Callable[[], _Result]) -> _Result:
+    """Short work here and now, long work in a thread."""
+    return work() if num_chars < _LONG_TEXT_CHARS else await asyncio.to_thread(work)

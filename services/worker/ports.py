@@ -1,0 +1,72 @@
+"""The engine as workers see it: relevo.engine's Engine and EngineThread, or the tests' fake."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from relevo.core.errors import RelevoError
+from relevo.core.request import Request
+from relevo.core.sampling_params import SamplingParams
+from relevo.engine.config import EngineInfo
+from relevo.engine.step_result import Computed, EndedRequest, NewTokens, Reserved, StepResult
+
+
+class KVCachePort(Protocol):
+    """Blocks' bytes; any thread, for blocks that are held."""
+
+    def read_block(self, block_id: int, into: NDArray[Any] | memoryview) -> None: ...
+    def write_block(self, block_id: int, source: NDArray[Any] | memoryview) -> None: ...
+    def checksum_view(self, block_id: int) -> NDArray[Any]: ...
+
+
+class EnginePort(Protocol):
+    @property
+    def info(self) -> EngineInfo: ...
+    @property
+    def kv_cache(self) -> KVCachePort: ...
+    def make_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        cache_salt: str = "",
+        await_kv: bool = False,
+        hold_blocks: bool = False,
+    ) -> Request: ...
+
+
+class EngineThreadPort(Protocol):
+    """Commands take effect before the next step; results come in on_step, in the loop that called start()."""
+
+    def start(self) -> None: ...
+    async def stop(self) -> None: ...
+    async def wait(self) -> None: ...
+    def submit(self, request: Request) -> None: ...
+    def resume(self, request_id: str, num_computed_tokens: int, token_ids: list[int]) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    def release(self, request_id: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A request has its first blocks."""
+
+    request_id: str
+
+
+Event = Admitted | Reserved | Computed | NewTokens | EndedRequest
+
+
+class Listener(Protocol):
+    """A request that hears what steps bring it."""
+
+    def on_event(self, event: Event) -> None: ...
+    def cancel(self, error: RelevoError | None = None) -> None: ...
+
+
+MakeEngineThread = Callable[[Any, Callable[[StepResult], None]], EngineThreadPort]

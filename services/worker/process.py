@@ -1,0 +1,121 @@
+"""A worker process from start to end; the two drivers bring their service along."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from relevo.engine.engine import Engine
+from relevo.engine.engine_thread import EngineThread
+from services.common.grpc import Registration, make_server
+from services.common.lifecycle import Process
+from services.kvtransfer.client import AgentClient
+from services.pb import worker_pb2, worker_pb2_grpc
+from services.worker.attaching import attach
+from services.worker.config import WorkerSettings
+from services.worker.servicer import WorkerServicer
+from services.worker.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+STOP_GRACE_SECONDS = 1.0  # for streams to end by themselves after a drain has ended their requests
+
+
+async def serve_worker(
+    settings: WorkerSettings,
+    process: Process,
+    role: worker_pb2.Role,
+    make_registration: Callable[[Worker, AgentClient | None], Registration],
+) -> None:
+    """Load, attach, listen, report ready. What is started is stopped in reverse order at shutdown."""
+    worker_id = settings.worker_id or f"{process.role}-{settings.port or process.incarnation[:8]}"
+    engine = await _load_engine(settings)
+    info = engine.info
+    agent = None
+    if settings.kv_agent:
+        agent = await attach(settings, worker_id, process.incarnation, info)
+        process.stack.push_async_callback(agent.close)
+
+    worker = Worker(settings, engine, EngineThread)
+    process.stack.callback(worker.copier.close)
+    worker.thread.start()
+    process.stack.push_async_callback(worker.thread.stop)
+    process.spawn(worker.watch_engine(), "engine")
+    process.spawn(worker.run(), "requests")
+
+    worker_info = worker_pb2.WorkerInfo(
+        worker_id=worker_id,
+        incarnation=process.incarnation,
+        role=role,
+        model=settings.served_model_name or info.model_name,
+        layout_fingerprint=info.fingerprint,
+        block_size=info.block_size,
+        block_bytes=info.block_bytes,
+        num_blocks=info.num_blocks,
+        max_model_len=info.max_model_len,
+        vocab_size=info.vocab_size,
+        agent_address=agent.advertised_address if agent is not None else "",
+        max_num_seqs=info.max_num_seqs,
+    )
+    identity = Registration(
+        worker_pb2_grpc.add_WorkerServicer_to_server,
+        WorkerServicer(worker_info, worker.block_events),
+        "relevo.v1.Worker",
+    )
+    server = make_server([make_registration(worker, agent), identity], settings.host, settings.port)
+    await server.start()
+    process.stack.push_async_callback(server.stop, STOP_GRACE_SECONDS)
+    process.stack.push_async_callback(worker.drain, settings.drain_seconds)
+    process.stack.push_async_callback(server.drain)
+    process.ready(address=server.address, id=worker_id)
+
+
+async def _load_engine(settings: WorkerSettings) -> Engine:
+    config = settings.engine_config()
+    logger.info("loading %s", config.model or "the demo model")
+    started = time.monotonic()
+    engine = await _in_daemon_thread(lambda: Engine(config))
+    info = engine.info
+    logger.info(
+        "loaded %s in %.1f s: %d blocks of %d tokens, context of %d tokens",
+        info.model_name,
+        time.monotonic() - started,
+        info.num_blocks,
+        info.block_size,
+        info.max_model_len,
+    )
+    return engine
+
+
+async def _in_daemon_thread(function: Callable[[], T]) -> T:
+    """As asyncio.to_thread, but a shutdown meanwhile need not wait for it."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]  # a T when there is no error
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = function()
+        except BaseException as caught:
+            error = caught
+        try:
+            loop.call_soon_threadsafe(settle, result, error)
+        except RuntimeError:
+            logger.debug("loaded after the loop had ended")
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return await future
