@@ -106,7 +106,7 @@ def serve(
     kv_cache_memory: Annotated[str, typer.Option(metavar="SIZE", help="KV cache of each worker")] = "1GiB",
     kv_arena: Annotated[str, typer.Option(metavar="SIZE", help="shared memory for blocks on their way")] = "256MiB",
     max_num_seqs: Annotated[int, typer.Option(min=1, help="requests computed at the same time, per worker")] = 64,
-    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="tokens computed in one step")] = 1024,
+    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="tokens computed in one step")] = 512,
     load_format: Annotated[
         Literal["auto", "dummy"], typer.Option(help="dummy: random weights from config.json alone")
     ] = "auto",

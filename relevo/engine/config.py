@@ -33,7 +33,7 @@ class EngineConfig:
     block_size: int = 16
     kv_cache_memory: int = 1 << 30
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 1024
+    max_num_batched_tokens: int = 512
     load_format: LoadFormat = "auto"
     seed: int = 0
     device: Device = "auto"

@@ -119,7 +119,7 @@ class Sampler:
             logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
         output = row.token_ids[row.num_prompt_tokens :]
         if output and (sampling.frequency_penalty != 0.0 or sampling.presence_penalty != 0.0):
-            seen, counts = torch.tensor(output).unique(return_counts=True)
+            seen, counts = torch.unique(torch.tensor(output), return_counts=True)
             seen = seen.to(self.device)
             logits[seen] -= sampling.frequency_penalty * counts.to(self.device, torch.float32)
             logits[seen] -= sampling.presence_penalty

@@ -13,7 +13,10 @@ from relevo.core.block_hash import LayerShape
 from relevo.core.errors import StartupError
 from relevo.models.attention import Attention, MaskFunction, described_mask
 
-NUM_PROBE_TOKENS = 2
+# One token shows nothing of a neighbour's influence; a short convolution, or a compression of four keys, shows in five.
+NUM_TOKENS = 5
+# What modules pass to their attention beyond what Attention.attend names, and what needs no doing about it.
+_IGNORED_TENSORS = frozenset({"position_ids", "logits_to_keep"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,35 +52,44 @@ def probe_model(
     *,
     check_masks: bool = True,
 ) -> Probe:
-    """Run two tokens through a model that was loaded under PROBED, with an attention that only takes notes.
+    """Run a few tokens through a model loaded under PROBED, with an attention that takes notes and gives zeros.
 
     model_kwargs: the keywords through which an attention reaches the model's modules
     check_masks: False where an adapter, not the model, says what is masked
 
-    Raises StartupError unless every decoder layer called attention exactly once, in order, and all of it is causal,
-    at most with a window.
+    Raises StartupError unless every decoder layer calls attention exactly once, in order; all of it is causal, at most
+    with a window; nothing but attention lets one token influence another; and positions are those that it is given.
     """
-    recorder = _Recorder(max_model_len, check_masks)
     device = next(model.parameters()).device
-    positions = torch.arange(NUM_PROBE_TOKENS, device=device)[None]
+    recorder = _Recorder(max_model_len, check_masks)
+    # Three rows: as it is, with another first token, and at other positions.
+    input_ids = torch.ones((3, NUM_TOKENS), dtype=torch.int64, device=device)
+    input_ids[1, 0] = 2
+    positions = torch.arange(NUM_TOKENS, device=device).repeat(3, 1)
+    positions[2] += 3
     try:
         with torch.inference_mode():
             output = model(
-                input_ids=torch.zeros_like(positions),
+                input_ids=input_ids,
                 position_ids=positions,
                 use_cache=False,
-                logits_to_keep=positions[0, -1:],
+                logits_to_keep=torch.tensor([NUM_TOKENS - 1], device=device),
                 **model_kwargs(recorder),
             )
+            recorder.compare(output.logits[:, 0])
     except _Refused as refused:
         raise unsupported(model, str(refused)) from None
     except Exception as error:
         # Whatever it is that this architecture wants and does not get here, it cannot be served.
         first_line = str(error).strip().partition("\n")[0]
-        raise unsupported(model, f"two tokens through it end in {type(error).__name__}: {first_line}") from error
+        raise unsupported(model, f"running it ends in {type(error).__name__}: {first_line}") from error
     found = [layer.layer_idx for layer in recorder.layers]
     if found != list(range(num_layers)):
         raise unsupported(model, _difference(found, num_layers))
+    if recorder.mixes_tokens:
+        raise unsupported(model, "tokens influence one another outside of its attention")
+    if not recorder.uses_positions:
+        raise unsupported(model, "it does not use the positions that it is given")
     return Probe(tuple(recorder.layers), output.logits.shape[-1])
 
 
@@ -92,6 +104,8 @@ class _Recorder:
     max_model_len: int
     check_masks: bool
     layers: list[LayerAttention] = field(default_factory=list)
+    mixes_tokens: bool = False
+    uses_positions: bool = False
     _seen: set[tuple[MaskFunction, int | None]] = field(default_factory=set)
 
     def attend(
@@ -110,14 +124,17 @@ class _Recorder:
         **kwargs: Any,
     ) -> Tensor:
         name = type(module).__name__
-        if kwargs.get("position_bias") is not None:
-            raise _Refused(f"{name} adds a position bias to its attention")
+        unknown = [k for k, given in kwargs.items() if isinstance(given, Tensor) and k not in _IGNORED_TENSORS]
+        if unknown:
+            raise _Refused(f"{name} gives its attention {unknown[0]}, which paged attention has no use for")
         if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
             raise _Refused(f"{name} is not causal")
-        if query.shape[0] != 1 or query.shape[2] != NUM_PROBE_TOKENS or key.shape[2] != NUM_PROBE_TOKENS:
-            raise _Refused(f"{name} attends to something other than the sequence itself")
+        if query.shape[2] != NUM_TOKENS or key.shape[2] != NUM_TOKENS or key.shape[0] != query.shape[0]:
+            raise _Refused(f"{name} attends to something other than its own sequence")
         if self.check_masks:
             self._check_mask(name, described_mask(attention_mask), sliding_window)
+        for tensor in (query, key, value):
+            self.compare(tensor[:, :, 1:])
         self.layers.append(
             LayerAttention(
                 layer_idx=layer_idx,
@@ -129,7 +146,17 @@ class _Recorder:
                 has_sinks=sinks is not None,
             )
         )
-        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
+    def compare(self, values: Tensor) -> None:
+        """values: [3, ...], of any tokens but the first; see the rows in probe_model."""
+        plain, other_first, moved = values.float()
+        scale = plain.abs().max().item()
+        # Equal to the bit, but for the order in which experts' tokens come.
+        if not torch.allclose(plain, other_first, rtol=0.0, atol=0.01 * scale):
+            self.mixes_tokens = True
+        if not torch.allclose(plain, moved, rtol=0.0, atol=1e-4 * scale):
+            self.uses_positions = True
 
     def _check_mask(self, name: str, mask: MaskFunction | None, window: int | None) -> None:
         if mask is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
@@ -52,6 +53,12 @@ class ServiceSettings(BaseSettings):
         cli_exit_on_error=False,
         validate_default=True,
     )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """--help shows the docstring: without its indentation."""
+        super().__pydantic_init_subclass__(**kwargs)
+        cls.__doc__ = inspect.cleandoc(cls.__doc__ or "")
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(0, ge=0, le=65535, description="gRPC port; 0: any that is free")

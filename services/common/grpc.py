@@ -106,10 +106,10 @@ def make_server(registrations: Sequence[Registration], host: str, port: int) -> 
     _check_free(host, port)
     server = grpc.aio.server(interceptors=(ErrorInterceptor(),), options=_SERVER_OPTIONS)
     try:
-        bound = server.add_insecure_port(f"{_bracketed(host)}:{port}")
+        bound = server.add_insecure_port(format_address(host, port))
     except RuntimeError as error:
         raise StartupError(f"cannot listen on {host}:{port}: {error}; choose another --host or --port") from error
-    result = GrpcServer(server, f"{_bracketed(host)}:{bound}")
+    result = GrpcServer(server, format_address(host, bound))
     for registration in registrations:
         result.register(registration)
     return result
@@ -136,8 +136,9 @@ def cancelling(call: C) -> Iterator[C]:
         call.cancel()
 
 
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+def format_address(host: str, port: int) -> str:
+    """host:port, with an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
 def _check_free(host: str, port: int) -> None:

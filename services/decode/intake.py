@@ -6,7 +6,7 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
-from relevo.core.errors import DeadlineExceeded, RelevoError
+from relevo.core.errors import DeadlineExceeded
 from relevo.core.request import Request
 from relevo.engine.step_result import Reserved
 from services.worker.receiving import BlockReceiver
@@ -79,13 +79,10 @@ class Intake:
             names[num_cached_blocks:], reserved.block_ids[num_cached_blocks:], source_address
         )
         try:
-            async with asyncio.timeout(self._worker.settings.fetch_timeout_seconds) as self._fetching:
+            async with asyncio.timeout(None) as self._fetching:
                 await receiving.run()
         except TimeoutError:
             logger.debug("stopped waiting for blocks", extra={"request_id": request.request_id})
-        except RelevoError as error:
-            # The agent, ours or theirs: what has arrived is good, the rest is computed.
-            logger.warning("KV blocks were lost on the way (%s): recomputed here", error.message)
         finally:
             self._fetching = None
         return num_cached_blocks + receiving.num_contiguous

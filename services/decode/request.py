@@ -106,9 +106,7 @@ class DecodeRequest:
             self._error = RelevoError("internal error of the decode worker")
         else:
             self._num_taken_in_tokens = taken_in.num_computed_tokens
-            self._worker.thread.resume(
-                self._request.request_id, taken_in.num_computed_tokens, taken_in.token_ids
-            )
+            self._worker.thread.resume(self._request.request_id, taken_in.num_computed_tokens, taken_in.token_ids)
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
         if task.cancelled() or self._error is not None:

@@ -4,51 +4,18 @@ from __future__ import annotations
 
 import sys
 
-from relevo.core.errors import StartupError
-from services.common.grpc import Registration, make_server
 from services.common.lifecycle import Process, run_service
-from services.common.telemetry import make_registry, serve_metrics
-from services.kvtransfer.arena import Arena
+from services.kvtransfer.agent import start_agent
 from services.kvtransfer.config import KvTransferSettings
-from services.kvtransfer.metrics import StoreCollector
-from services.kvtransfer.servicer import KvTransferServicer, PullTokens
-from services.kvtransfer.store import Store
-from services.kvtransfer.transports.tcp import TcpDataServer, listen
-from services.pb import kvtransfer_pb2_grpc
-
-_ANY_HOST = ("0.0.0.0", "::", "")
 
 
 async def serve(settings: KvTransferSettings, process: Process) -> None:
-    host = settings.advertise_host or settings.host
-    if host in _ANY_HOST:
-        raise StartupError(f"--host {settings.host} is no address to be reached at: give --advertise-host as well")
-    arena = Arena(settings.arena_dir, settings.kv_arena)
-    process.stack.callback(arena.close)
-    store = Store(arena, process.incarnation)
-    tokens = PullTokens()
-    listener = listen(settings.host, settings.data_port)
-    data_server = TcpDataServer(arena, tokens, listener, f"{host}:{listener.getsockname()[1]}")
-    process.stack.callback(listener.close)
-    process.spawn(data_server.run(), "data port")
-
-    server = make_server([], settings.host, settings.port)
-    address = f"{host}:{server.port}"
-    servicer = KvTransferServicer(store, tokens, data_server, address=address, pin_seconds=settings.pin_seconds)
-    add = kvtransfer_pb2_grpc.add_KvTransferServicer_to_server
-    server.register(Registration(add, servicer, "relevo.v1.KvTransfer"))
-    await server.start()
-    process.stack.push_async_callback(server.stop, settings.drain_seconds)
-    if settings.metrics_port is not None:
-        registry = make_registry()
-        registry.register(StoreCollector(store))
-        _, stop_metrics = serve_metrics(registry, settings.host, settings.metrics_port)
-        process.stack.callback(stop_metrics)
-    process.ready(address=address)
+    agent = await start_agent(settings, process)
+    process.ready(address=agent.address)
 
 
 def main() -> None:
-    sys.exit(run_service("kvtransfer", KvTransferSettings, serve, use_uvloop=False))  # for loop.sock_sendfile
+    sys.exit(run_service("kvtransfer", KvTransferSettings, serve, use_uvloop=False))  # it has no sock_sendfile
 
 
 if __name__ == "__main__":

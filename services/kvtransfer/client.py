@@ -31,7 +31,7 @@ from relevo.core.block_hash import BlockHash
 from relevo.core.errors import Mismatch, Unavailable
 from services.common.errors import error_from_rpc, relevo_errors
 from services.common.grpc import cancelling, make_channel
-from services.kvtransfer.fetch import BlockFetch
+from services.kvtransfer.block_fetch import BlockFetch
 from services.kvtransfer.mapping import ArenaMapping, map_arena, read_block, write_block
 from services.kvtransfer.publication import REPLY_SECONDS, Publication
 from services.pb import kvtransfer_pb2, kvtransfer_pb2_grpc

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import xxhash
-from typing_extensions import Buffer
 
 from relevo.core.errors import Mismatch, Unavailable
+
+BlockBytes = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
+"""block_bytes, contiguous."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class ArenaMapping:
 
 
 def map_arena(path: str, num_bytes: int) -> memoryview:
-    """Map the agent's file, shared and writable. Raises Unavailable if it is not there, Mismatch if it is not allowed."""
+    """Map the agent's file, shared and writable. Unavailable if it is not there, Mismatch if it is not allowed."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError as error:
@@ -54,17 +56,17 @@ def map_arena(path: str, num_bytes: int) -> memoryview:
         os.close(fd)
 
 
-def write_block(slot: memoryview, source: Buffer) -> int:
+def write_block(slot: memoryview, source: BlockBytes) -> int:
     """Copy a block into its slot; returns the checksum to seal it with, computed from the source.
 
     slot, source: block_bytes each. Blocking, for a thread: releases the GIL. Nobody may change the source meanwhile.
     """
     block = _bytes_of(source)
     np.copyto(_bytes_of(slot), block)
-    return xxhash.xxh3_64_intdigest(block)
+    return xxhash.xxh3_64_intdigest(block.data)
 
 
-def read_block(slot: memoryview, into: Buffer, checksum: int) -> bool:
+def read_block(slot: memoryview, into: BlockBytes, checksum: int) -> bool:
     """Copy a block out of a slot; False if the copy is not what its writer sealed (it must not be used then).
 
     slot, into: block_bytes each. Blocking, for a thread: releases the GIL. The copy is checked, not the slot, so that
@@ -72,8 +74,9 @@ def read_block(slot: memoryview, into: Buffer, checksum: int) -> bool:
     """
     block = _bytes_of(into)
     np.copyto(block, _bytes_of(slot))
-    return xxhash.xxh3_64_intdigest(block) == checksum
+    return xxhash.xxh3_64_intdigest(block.data) == checksum
 
 
-def _bytes_of(buffer: Buffer) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(buffer, dtype=np.uint8)
+def _bytes_of(buffer: BlockBytes) -> npt.NDArray[np.uint8]:
+    array: npt.NDArray[np.uint8] = np.frombuffer(buffer, dtype=np.uint8)
+    return array

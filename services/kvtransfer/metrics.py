@@ -33,7 +33,7 @@ class StoreCollector(Collector):
             ("sealed_blocks", "Blocks sealed", counters.sealed_blocks),
             ("fetched_blocks", "Blocks shown to readers", counters.fetched_blocks),
             ("corrupt_blocks", "Blocks dropped because a reader found them corrupt", counters.corrupt_blocks),
-            ("evicted_blocks", "Blocks evicted to make room", counters.evicted_blocks),
+            ("evicted_blocks", "Blocks evicted to make room", self._store.num_evictions),
             ("pulled_bytes", "Bytes received from other agents", counters.pulled_bytes),
             ("pull_seconds", "Time spent receiving them", counters.pull_seconds),
         ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from contextlib import suppress
 
 import grpc.aio
 
@@ -58,24 +59,19 @@ class Publication:
                     return
 
     async def finish(self) -> None:
-        """Tell the agent that no more comes, and wait until it has ended the lease."""
-        try:
+        """Say that no more comes, and wait for the lease's end. Raises nothing: what is sealed is sealed."""
+        with suppress(TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
             async with asyncio.timeout(REPLY_SECONDS):
-                with relevo_errors(self._peer):
-                    await self._call.done_writing()
-                    while await self._call.read() is not grpc.aio.EOF:
-                        pass
-        except TimeoutError:
-            raise Unavailable(f"{self._peer} does not answer") from None
+                await self._call.done_writing()
+                while await self._call.read() is not grpc.aio.EOF:
+                    pass
 
     async def _exchange(self, request: kvtransfer_pb2.PublishRequest) -> kvtransfer_pb2.PublishReply:
         try:
             async with asyncio.timeout(REPLY_SECONDS):
                 with relevo_errors(self._peer):
-                    try:
+                    with suppress(asyncio.InvalidStateError):  # the call has ended: read() tells why
                         await self._call.write(request)
-                    except asyncio.InvalidStateError:  # the call has ended: read() tells why
-                        pass
                     reply = await self._call.read()
         except TimeoutError:
             raise Unavailable(f"{self._peer} does not answer") from None

@@ -7,6 +7,7 @@ anything is.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Sequence
@@ -28,7 +29,10 @@ logger = logging.getLogger(__name__)
 
 _UNAVAILABLE: int = grpc.StatusCode.UNAVAILABLE.value[0]
 _ABORTED: int = grpc.StatusCode.ABORTED.value[0]
+_FIRST_REPLY_SECONDS = 3.0  # it comes at once; a source that takes longer hangs
 _GRACE_SECONDS = 2.0  # beyond the reader's time, for the source's last answers
+
+_FetchCall = grpc.aio.StreamStreamCall[kvtransfer_pb2.FetchRequest, kvtransfer_pb2.FetchReply]
 
 
 async def pull_blocks(
@@ -80,7 +84,8 @@ class _Pull:
         open_fetch = kvtransfer_pb2.OpenFetch(block_hashes=names, timeout_ms=max(1, int(timeout_seconds * 1000)))
         try:
             with cancelling(stub.Fetch(timeout=timeout_seconds + _GRACE_SECONDS)) as call:
-                await call.write(kvtransfer_pb2.FetchRequest(open=open_fetch))
+                with suppress(asyncio.InvalidStateError):  # it has failed already: read() tells why
+                    await call.write(kvtransfer_pb2.FetchRequest(open=open_fetch))
                 await self._answer_all(call)
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from error
@@ -88,18 +93,20 @@ class _Pull:
             if self._data is not None:
                 self._data.close()
 
-    async def _answer_all(
-        self, call: grpc.aio.StreamStreamCall[kvtransfer_pb2.FetchRequest, kvtransfer_pb2.FetchReply]
-    ) -> None:
+    async def _answer_all(self, call: _FetchCall) -> None:
+        try:
+            async with asyncio.timeout(_FIRST_REPLY_SECONDS):
+                reply = await call.read()
+        except TimeoutError:
+            raise Unavailable(f"no answer within {_FIRST_REPLY_SECONDS:g} s") from None
+        if isinstance(reply, kvtransfer_pb2.FetchReply) and reply.slot_bytes != self._store.arena.slot_bytes:
+            raise Mismatch(
+                f"its slots have {reply.slot_bytes} bytes, ours {self._store.arena.slot_bytes}:"
+                " both agents' workers must have the same model and block size"
+            )
         token, address = b"", ""
-        async for reply in call:
-            if reply.pull_token:
-                token, address = reply.pull_token, reply.data_address
-                if reply.slot_bytes != self._store.arena.slot_bytes:
-                    raise Mismatch(
-                        f"its slots have {reply.slot_bytes} bytes, ours {self._store.arena.slot_bytes}:"
-                        " both agents' workers must have the same model and block size"
-                    )
+        while isinstance(reply, kvtransfer_pb2.FetchReply):
+            token, address = reply.pull_token or token, reply.data_address or address
             for missing in reply.missing:
                 self._store.abandon(self._lease_id, self._lease_indices[missing.index], missing.code)
             if reply.blocks:
@@ -107,11 +114,12 @@ class _Pull:
                     self._data = await TcpDataConnection.open(address, token)
                 await self._receive(self._data, reply.blocks)
                 release = kvtransfer_pb2.ReleaseBlocks(indices=[block.index for block in reply.blocks])
-                with suppress(grpc.aio.AioRpcError):  # read() says it better
+                with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # read() says it better
                     await call.write(kvtransfer_pb2.FetchRequest(release=release))
             self._num_outstanding -= len(reply.missing) + len(reply.blocks)
             if not self._num_outstanding:
                 return
+            reply = await call.read()
         raise Unavailable(f"the stream ended with {self._num_outstanding} blocks unanswered")
 
     async def _receive(self, data: TcpDataConnection, blocks: Sequence[kvtransfer_pb2.BlockRef]) -> None:

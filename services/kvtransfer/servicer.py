@@ -8,8 +8,8 @@ from typing import Any
 import grpc.aio
 
 from relevo.core.errors import InvalidRequest
-from services.kvtransfer.fetching import FetchContext, FetchSession, read_open_fetch
-from services.kvtransfer.publishing import PublishContext, serve_publish
+from services.kvtransfer.fetch_session import FetchContext, FetchSession, read_open_fetch
+from services.kvtransfer.publish_session import PublishContext, serve_publish
 from services.kvtransfer.reader import Reader
 from services.kvtransfer.store import Store
 from services.kvtransfer.transports import DataServer

@@ -210,9 +210,10 @@ class SlotTable:
         blocks = [*self._blocks.values(), *self._dropped]
         assert sorted([*self._free, *(block.slot for block in blocks)]) == list(range(self.num_slots))
         pins: dict[int, int] = {}
-        for holder in (*(lease.pinned for lease in self._leases.values()), *self._readers.values()):
-            for block in holder.values():
-                pins[block.slot] = pins.get(block.slot, 0) + 1
+        pinned = [block for lease in self._leases.values() for block in lease.pinned.values()]
+        pinned += [block for of_reader in self._readers.values() for block in of_reader.values()]
+        for block in pinned:
+            pins[block.slot] = pins.get(block.slot, 0) + 1
         granted = [block for lease in self._leases.values() for block in lease.granted.values()]
         assert {id(block) for block in granted} == {id(block) for block in blocks if block.checksum is None}
         assert len(granted) == len({id(block) for block in granted}), "a slot has two writers"

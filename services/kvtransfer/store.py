@@ -32,7 +32,6 @@ class Counters:
     fetched_blocks: int = 0
     missing_blocks: dict[str, int] = field(default_factory=dict)  # by code
     corrupt_blocks: int = 0
-    evicted_blocks: int = 0
     pulled_bytes: int = 0
     pull_seconds: float = 0.0
 
@@ -46,12 +45,17 @@ class Store:
         self.counters = Counters()
         self._incarnation = incarnation
         self._num_cuts = 0
+        self._evictions_before = 0  # of the tables before this one
         self._waiters: dict[BlockHash, set[Waiter]] = {}
 
     @property
     def incarnation(self) -> str:
         """Of the arena as it is cut now: what is known of another one's slots means nothing here."""
         return f"{self._incarnation}.{self._num_cuts}"
+
+    @property
+    def num_evictions(self) -> int:
+        return self._evictions_before + self.table.num_evictions
 
     def cut(self, block_bytes: int) -> None:
         """Make sure that slots are for block_bytes. Raises Mismatch if they are not and somebody uses them."""
@@ -64,9 +68,11 @@ class Store:
                 f" slots of {wanted}: workers of one agent must have the same model and block size"
             )
         self.arena.cut(block_bytes)
+        self._evictions_before += self.table.num_evictions
         self.table = SlotTable(self.arena.num_slots)
         self._num_cuts += 1
-        logger.info("arena cut into %d slots of %s", self.arena.num_slots, format_size(self.arena.slot_bytes))
+        log = logger.info if self._num_cuts == 1 else logger.warning  # two sizes in turns would each lose all blocks
+        log("arena cut into %d slots of %s", self.arena.num_slots, format_size(self.arena.slot_bytes))
 
     def require_cut(self, agent_incarnation: str) -> None:
         """Raises Mismatch unless the caller has mapped the arena as it is now. "": it maps nothing."""
@@ -78,12 +84,7 @@ class Store:
     # --- writers ---
 
     def announce(self, names: Sequence[BlockHash]) -> tuple[int, Announcement]:
-        lease_id, announcement = self.table.announce(names)
-        self.counters.evicted_blocks, self.table.num_evictions = (
-            self.counters.evicted_blocks + self.table.num_evictions,
-            0,
-        )
-        return lease_id, announcement
+        return self.table.announce(names)
 
     def seal(self, lease_id: int, index: int, checksum: int) -> None:
         name = self.table.seal(lease_id, index, checksum)
@@ -98,9 +99,12 @@ class Store:
         if name is not None:
             self._give_up(name, code)
 
-    def end_lease(self, lease_id: int, code: int) -> None:
-        for name in self.table.end_lease(lease_id):
+    def end_lease(self, lease_id: int, code: int) -> int:
+        """Returns how many blocks were given up by it. Ending twice is harmless."""
+        names = self.table.end_lease(lease_id)
+        for name in names:
             self._give_up(name, code)
+        return len(names)
 
     # --- readers ---
 

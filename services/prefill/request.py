@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from relevo.core.errors import InvalidRequest, RelevoError
 from relevo.core.block_hash import BlockHash
+from relevo.core.errors import InvalidRequest, RelevoError
 from relevo.core.request import FinishReason
 from relevo.engine.step_result import Computed, EndedRequest, NewTokens, Reserved
-from services.kvtransfer.client import AgentClient
+from services.kvtransfer.client import KvAgentClient
 from services.pb.messages_pb2 import Ended
 from services.pb.prefill_pb2 import Announced, PrefillCommand, PrefillUpdate, SubmitPrefill
-from services.prefill.handover import Handover
+from services.prefill.handover import Handover, open_handover
 from services.worker.deadline import Deadline
-from services.worker.messages import failed, finished, sampling_from_pb, tokens_to_pb
+from services.worker.messages import failed, finished, first_error, sampling_from_pb, tokens_to_pb
 from services.worker.ports import Admitted, Event
 from services.worker.receiving import BlockReceiver
 from services.worker.session import Reply
@@ -33,7 +33,7 @@ class PrefillRequest:
     def __init__(
         self,
         worker: Worker,
-        agent: AgentClient,
+        agent: KvAgentClient,
         receiver: BlockReceiver,
         submit: SubmitPrefill,
         engine_id: str,
@@ -105,38 +105,44 @@ class PrefillRequest:
 
     async def _run(self) -> None:
         try:
-            await self._walk()
-        except RelevoError as error:
-            self._error = error
-        except Exception:
+            await self._announce_and_compute()
+        except* RelevoError as group:
+            self._error = first_error(group)
+        except* Exception:
             logger.exception("request %s failed", self._name)
             self._error = RelevoError("internal error of the prefill worker")
 
-    async def _walk(self) -> None:
+    async def _announce_and_compute(self) -> None:
         request = self._request
         names = request.block_hashes(request.num_prompt_tokens)
-        async with Handover(
-            self._agent, self._worker.engine.kv_cache, self._worker.copier, names, self._num_blocks_at_decode
-        ) as handover:
-            announced = Announced(agent_address=self._agent.advertised_address)
+        kv_cache, copier = self._worker.engine.kv_cache, self._worker.copier
+        async with open_handover(self._agent, kv_cache, copier, names, self._num_blocks_at_decode) as handover:
+            announced = Announced(agent_address=handover.agent_address)
             self._reply.send(PrefillUpdate(handle=self._reply.handle, announced=announced))
             request.await_kv = handover.num_present_blocks > 0
             self._is_submitted = True
             self._worker.submit(request)
-            if request.await_kv:
-                await self._take_present(names[: handover.num_present_blocks])
-            is_last = False
-            while not is_last:
-                await self._changed.wait()
-                self._changed.clear()
-                # Read before the copy: what comes while it runs sets the event again.
-                is_last = self._ended is not None
-                if self._computed is not None:
-                    num_blocks = self._computed.num_computed_tokens // request.block_size
-                    await handover.hand_over(num_blocks, self._computed.block_ids)
+            async with asyncio.TaskGroup() as tasks:
+                keep_alive = tasks.create_task(handover.keep_alive())
+                if request.await_kv:
+                    await self._take_present(names[: handover.num_present_blocks])
+                await self._compute(handover)
+                keep_alive.cancel()
+
+    async def _compute(self, handover: Handover) -> None:
+        """Hand over what each step has computed, until the engine is through and all of it is sealed."""
+        is_last = False
+        while not is_last:
+            await self._changed.wait()
+            self._changed.clear()
+            # Read before the copy: what comes while it runs sets the event again.
+            is_last = self._ended is not None
+            if self._computed is not None:
+                num_blocks = self._computed.num_computed_tokens // self._request.block_size
+                await handover.hand_over(num_blocks, self._computed.block_ids)
 
     async def _take_present(self, names: list[BlockHash]) -> None:
-        """Blocks of the prompt that the agent holds and our pool lacks come from there. Those that don't come are computed."""
+        """Blocks that the agent holds and our pool lacks come from there. Those that don't come are computed."""
         request = self._request
         reserved = await self._reserved
         num_blocks = reserved.num_cached_tokens // request.block_size
@@ -144,7 +150,7 @@ class PrefillRequest:
         wanted = names[num_blocks : (request.num_prompt_tokens - 1) // request.block_size]
         if wanted:
             receiving = self._receiver.receive(wanted, reserved.block_ids[num_blocks:], source_address="")
-            await receiving.run_for(self._worker.settings.fetch_timeout_seconds)
+            await receiving.run()
             num_blocks += receiving.num_contiguous
             self._log("%d blocks taken from the agent", receiving.num_contiguous)
         self._num_present_tokens = num_blocks * request.block_size

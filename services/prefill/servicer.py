@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc.aio
 
-from services.kvtransfer.client import AgentClient
+from services.kvtransfer.client import KvAgentClient
 from services.pb import prefill_pb2_grpc
 from services.pb.messages_pb2 import Ended, Load
 from services.pb.prefill_pb2 import PrefillCommand, PrefillUpdate, PrefillUpdates
@@ -18,7 +18,7 @@ from services.worker.worker import Worker
 
 
 class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
-    def __init__(self, worker: Worker, agent: AgentClient, receiver: BlockReceiver) -> None:
+    def __init__(self, worker: Worker, agent: KvAgentClient, receiver: BlockReceiver) -> None:
         self._worker = worker
         self._agent = agent
         self._receiver = receiver

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any, Literal
 
 from fastapi import APIRouter, FastAPI
@@ -113,7 +114,9 @@ def _text_routes(serving: Serving) -> APIRouter:
             param, special = "messages", False
             text = render_chat(serving, body.messages, body.add_generation_prompt, {})
         special = special if body.add_special_tokens is None else body.add_special_tokens
-        token_ids = await serving.encode(text, param, add_special_tokens=special)
+        tokenizer = serving.require_tokenizer(param)
+        encode = partial(tokenizer.encode, text, add_special_tokens=special)
+        token_ids = await run_long(len(text), encode)
         reply: TokenizeReply = {
             "count": len(token_ids),
             "max_model_len": serving.model().max_model_len,

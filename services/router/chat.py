@@ -15,7 +15,7 @@ from services.router.exchange import Exchange
 from services.router.logprobs import ChatLogprobs, TokenNames, chat_logprobs
 from services.router.protocol import ChatRequest
 from services.router.sampling import TokenLimit, make_sampling
-from services.router.serving import Prompt, Serving
+from services.router.serving import Prompt, Serving, run_long
 from services.router.stream import GenerationResponse
 
 
@@ -71,7 +71,10 @@ async def create_chat_completion(serving: Serving, exchange: Exchange, body: Cha
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sampling = make_sampling(body, serving.defaults, max_tokens=max_tokens, logprobs=logprobs)
     text = render_chat(serving, body.messages, body.add_generation_prompt, body.chat_template_kwargs)
-    prompt = Prompt(await serving.encode(text, "messages", add_special_tokens=body.add_special_tokens))
+    prompt = await run_long(
+        len(text),
+        lambda: Prompt(serving.encode_prompt(text, "messages", add_special_tokens=body.add_special_tokens)),
+    )
     limit = TokenLimit(
         max_tokens,
         serving.defaults.max_tokens,

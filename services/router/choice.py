@@ -81,4 +81,6 @@ class Choice:
         if event.finish_reason is FinishReason.CANCELLED:
             raise Unavailable("the request was cancelled by the server")
         self.num_cached_tokens = event.num_cached_tokens
-        return Delta(self._detokenizer.finish(), (), 0, event.finish_reason.value)
+        text = self._detokenizer.finish()
+        reason = FinishReason.STOP if self._detokenizer.stopped else event.finish_reason
+        return Delta(text, (), 0, reason.value)

@@ -16,7 +16,7 @@ from services.router.logprobs import CompletionLogprobs, TextOffsets, TokenNames
 from services.router.protocol import CompletionRequest
 from services.router.protocol import Prompt as GivenPrompt
 from services.router.sampling import TokenLimit, make_sampling
-from services.router.serving import Prompt, Serving
+from services.router.serving import Prompt, Serving, run_long
 from services.router.stream import GenerationResponse
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -44,15 +44,18 @@ async def create_completion(serving: Serving, exchange: Exchange, body: Completi
     head = AnswerHead(f"cmpl-{uuid.uuid4().hex}", serving.model_name(body.model))
     default = serving.defaults.max_tokens or DEFAULT_MAX_TOKENS
     sampling = make_sampling(body, serving.defaults, max_tokens=body.max_tokens, logprobs=body.logprobs)
-    prompts = [await _read_prompt(serving, given, body) for given in body.prompt]
+    serving.check_num_choices(len(body.prompt), body.n)
+    prompts = await run_long(
+        sum(map(len, body.prompt)), lambda: [_read_prompt(serving, given, body) for given in body.prompt]
+    )
     payloads = CompletionPayloads(serving, head, body, [prompt.text for prompt in prompts])
     limit = TokenLimit(body.max_tokens, default, prompt_param="prompt")
     return serving.generate(exchange, head.id, prompts, body, sampling, limit, payloads)
 
 
-async def _read_prompt(serving: Serving, given: GivenPrompt, body: CompletionRequest) -> Prompt:
+def _read_prompt(serving: Serving, given: GivenPrompt, body: CompletionRequest) -> Prompt:
     if isinstance(given, str):
-        token_ids = await serving.encode(given, "prompt", add_special_tokens=body.add_special_tokens)
+        token_ids = serving.encode_prompt(given, "prompt", add_special_tokens=body.add_special_tokens)
         return Prompt(token_ids, given)
     if not body.echo:
         return Prompt(given)
@@ -67,6 +70,7 @@ class CompletionPayloads:
     def __init__(self, serving: Serving, head: AnswerHead, body: CompletionRequest, echoes: Sequence[str]) -> None:
         self._head = head
         self._names = TokenNames(serving.tokenizer)
+        self._skip_special_tokens = body.skip_special_tokens
         self._with_logprobs = body.logprobs is not None
         self._include_usage = body.include_usage
         self._echoes = echoes if body.echo else [""] * len(echoes)
@@ -117,7 +121,7 @@ class CompletionPayloads:
     ) -> CompletionChoice:
         offsets = self._offsets.get(choice.index)
         if offsets is None:
-            offsets = self._offsets[choice.index] = TextOffsets(self._names, 0)
+            offsets = self._offsets[choice.index] = TextOffsets(self._names, self._skip_special_tokens)
         return {
             "index": choice.index,
             "text": text,

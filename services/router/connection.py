@@ -42,6 +42,7 @@ class WorkerConnection:
         self._silence_seconds = silence_seconds
         self._stream: RequestStream | None = None
         self._connected = asyncio.Event()
+        self._complaint: str | None = None
 
     @property
     def is_connected(self) -> bool:
@@ -82,24 +83,33 @@ class WorkerConnection:
     async def run(self) -> None:
         """Stays connected, until cancelled."""
         channel = make_channel(self.address)
+        loop = asyncio.get_running_loop()
         backoff_seconds = MIN_BACKOFF_SECONDS
         try:
             while True:
-                try:
-                    info = await self._get_info(channel)
-                except Mismatch as error:
-                    logger.error("%s", error.message)  # noqa: TRY400 (an operator's mistake: its place says nothing)
-                except RelevoError as error:
-                    logger.info("waiting for %s worker %s: %s", self.kind.name, self.address, error.message)
-                else:
-                    backoff_seconds = MIN_BACKOFF_SECONDS
-                    reason = await self._serve(channel, info)
-                    logger.warning("lost %s worker %s: %s", self.kind.name, info.worker_id, reason.message)
+                since = loop.time()
+                if await self._try(channel) and loop.time() - since > MAX_BACKOFF_SECONDS:
+                    backoff_seconds = MIN_BACKOFF_SECONDS  # it had worked; one that breaks at once is not hurried
                 await asyncio.sleep(backoff_seconds)
                 backoff_seconds = min(2 * backoff_seconds, MAX_BACKOFF_SECONDS)
         finally:
             self._index.forget(self.address)
             await channel.close()
+
+    async def _try(self, channel: grpc.aio.Channel) -> bool:
+        """Connects, and returns when the connection has ended; False if there was none."""
+        try:
+            info = await self._get_info(channel)
+        except RelevoError as error:
+            if error.message != self._complaint:  # once, and not at every attempt
+                self._complaint = error.message
+                level = logging.ERROR if isinstance(error, Mismatch) else logging.INFO
+                logger.log(level, "waiting for %s worker %s: %s", self.kind.name, self.address, error.message)
+            return False
+        self._complaint = None
+        reason = await self._serve(channel, info)
+        logger.warning("lost %s worker %s: %s", self.kind.name, info.worker_id, reason.message)
+        return True
 
     async def _get_info(self, channel: grpc.aio.Channel) -> worker_pb2.WorkerInfo:
         with relevo_errors(self.address):
@@ -118,7 +128,7 @@ class WorkerConnection:
         if self.info is None or self.info.incarnation != info.incarnation:
             self._index.forget(self.address)  # another process: it has none of what the old one had
         self.info = info
-        self.load.reset()
+        self.load.reset(info.num_blocks)
         stream = RequestStream(self.kind, channel, f"{self.kind.name} worker {info.worker_id}", self.load)
         async with asyncio.TaskGroup() as tasks:
             watch = tasks.create_task(self._watch(channel, stream))

@@ -46,6 +46,9 @@ class TokenNames:
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
 
+    def is_special(self, token_id: int) -> bool:
+        return self._tokenizer is not None and self._tokenizer.is_special(token_id)
+
     def text(self, token_id: int) -> str:
         return str(token_id) if self._tokenizer is None else self._tokenizer.token_text(token_id)
 
@@ -56,14 +59,16 @@ class TokenNames:
 class TextOffsets:
     """Where each token of one choice begins in its text (characters). A character belongs to the token that ends it."""
 
-    def __init__(self, names: TokenNames, start: int) -> None:
+    def __init__(self, names: TokenNames, skip_special_tokens: bool) -> None:
         self._names = names
-        self._offset = start
+        self._skip_special_tokens = skip_special_tokens
+        self._offset = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def next(self, token_id: int) -> int:
         before = self._offset
-        self._offset += len(self._decoder.decode(self._names.bytes(token_id)))
+        if not (self._skip_special_tokens and self._names.is_special(token_id)):
+            self._offset += len(self._decoder.decode(self._names.bytes(token_id)))
         return before
 
 

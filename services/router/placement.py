@@ -235,10 +235,13 @@ def _join_ms(decode: WorkerView, costs: CostModel) -> float:
 
 
 def _admit_ms(num_prompt_tokens: int, decode: WorkerView, costs: CostModel) -> float:
-    """Until decode has room: the step in progress, and, when it is full, the answers that have to end first."""
+    """Until decode has room: the step in progress, and, when it is full, the answers that have to end first.
+
+    Of max_num_seqs answers one ends every (answer_tokens / max_num_seqs) steps; blocks for a whole prompt take longer.
+    """
     step_ms = 1000 * (decode.step_seconds or costs.step_seconds)
+    answer_ms = costs.answer_tokens * step_ms
     num_ahead = max(0, decode.num_requests + 1 - decode.max_num_seqs)
     num_blocks = num_prompt_tokens // decode.block_size + 1 - decode.num_cached_blocks
-    if num_blocks > decode.num_free_blocks:
-        num_ahead = max(num_ahead, 1)
-    return step_ms / 2 + num_ahead * costs.answer_tokens * step_ms / max(1, decode.max_num_seqs)
+    lacks_blocks = num_blocks > decode.num_free_blocks
+    return step_ms / 2 + num_ahead * answer_ms / decode.max_num_seqs + (answer_ms if lacks_blocks else 0.0)

@@ -10,13 +10,15 @@ from typing import Any, TypeAlias
 import grpc
 import grpc.aio
 
-from relevo.core.errors import RelevoError, Unavailable
+from relevo.core.errors import InvalidRequest, RelevoError, Unavailable
 from services.common.errors import relevo_errors
+from services.common.grpc import MAX_MESSAGE_BYTES
 from services.pb import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, worker_pb2
 from services.router.inbox import Inbox
 from services.router.worker_load import WorkerLoad
 
 MAX_PENDING_SUBMITS = 1024
+MAX_COMMAND_BYTES = MAX_MESSAGE_BYTES - 4096  # what is added on the way, such as a ticket's numbers, has room
 
 Command: TypeAlias = prefill_pb2.PrefillCommand | decode_pb2.DecodeCommand
 Update: TypeAlias = prefill_pb2.PrefillUpdate | decode_pb2.DecodeUpdate
@@ -92,10 +94,12 @@ class RequestStream:
     def submit(self, command: Command, inbox: RequestInbox, num_tokens: int) -> WorkerCall:
         """A new request; `command` is its Submit, num_tokens what this worker will compute of the prompt.
 
-        Raises Unavailable if the stream is over, or if the worker does not take commands.
+        Raises Unavailable if the stream is over or the worker does not take commands, InvalidRequest if it is too big.
         """
         if self._over.done():
             raise Unavailable(self._over.result().message)
+        if command.ByteSize() > MAX_COMMAND_BYTES:  # gRPC would end the stream, and everybody else's requests with it
+            raise InvalidRequest(f"the prompt is too long to be sent: {command.ByteSize()} bytes", "prompt")
         if self._commands.qsize() >= MAX_PENDING_SUBMITS:
             raise Unavailable(f"{self._peer} does not read: {self._commands.qsize()} commands are waiting to be sent")
         call = WorkerCall(self, self._next_handle, inbox)

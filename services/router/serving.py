@@ -15,7 +15,7 @@ from relevo.tokenizer import Tokenizer
 from services.pb import messages_pb2
 from services.router.answer import Payloads
 from services.router.choice import Choice
-from services.router.errors import ModelNotFound
+from services.router.errors import ContextLengthExceeded, ModelNotFound
 from services.router.exchange import Exchange
 from services.router.generation import Dispatcher, ServedModel
 from services.router.metrics import EdgeMetrics
@@ -24,6 +24,8 @@ from services.router.sampling import TokenLimit, check_token_ids, choice_samplin
 from services.router.stream import EventWriter, GenerationResponse, WholeWriter
 
 _LONG_TEXT_CHARS = 16_384  # takes some 5 ms to tokenize: from here on the event loop does not wait for it
+
+_FAR_CHARS_PER_TOKEN = 16  # a text with so many characters for each token of the context hardly ever fits
 
 _Result = TypeVar("_Result")
 
@@ -76,9 +78,25 @@ class Serving:
             raise InvalidRequest("this model has no tokenizer: send token ids to /v1/completions", param)
         return self.tokenizer
 
-    async def encode(self, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
+    def encode_prompt(self, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids. Raises ContextLengthExceeded for texts far beyond the context, without tokenizing all of them."""
         tokenizer = self.require_tokenizer(param)
-        return await run_long(len(text), lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        max_model_len = self.model().max_model_len
+        max_chars = max_model_len * _FAR_CHARS_PER_TOKEN
+        if len(text) > max_chars:
+            num_tokens = len(tokenizer.encode(text[:max_chars], add_special_tokens=add_special_tokens))
+            if num_tokens > 2 * max_model_len:  # the cut may cost some tokens, but not half of them
+                raise ContextLengthExceeded(
+                    f"the prompt has more than {num_tokens - 1} tokens; the model's context is {max_model_len} tokens",
+                    param,
+                )
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def check_num_choices(self, num_prompts: int, n: int) -> None:
+        if num_prompts * n > self.config.max_choices:
+            raise InvalidRequest(
+                f"{num_prompts} prompts with n={n} make more than {self.config.max_choices} choices", "n"
+            )
 
     def generate(
         self,
@@ -111,10 +129,6 @@ class Serving:
     ) -> list[Choice]:
         model = self.model()
         check_token_ids(sampling, model)
-        if len(prompts) * body.n > self.config.max_choices:
-            raise InvalidRequest(
-                f"{len(prompts)} prompts with n={body.n} make more than {self.config.max_choices} choices", "n"
-            )
         timeout_ms = exchange.remaining_ms()
         if timeout_ms < 0:
             raise DeadlineExceeded("the time was over before the request was read")

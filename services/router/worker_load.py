@@ -47,8 +47,8 @@ class WorkerLoad:
                 break
             self.ended(handle)
 
-    def reset(self) -> None:
-        """Another process is there now, or the same one has dropped what was sent."""
-        self.report = messages_pb2.Load()
+    def reset(self, num_blocks: int) -> None:
+        """Another process is there now, or the same one has dropped what was sent. Until it reports: idle, all free."""
+        self.report = messages_pb2.Load(num_free_blocks=num_blocks)
         self._unreported.clear()
         self._num_unreported_tokens = 0

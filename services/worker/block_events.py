@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
 from relevo.core.block_hash import HASH_BYTES, BlockHash
 from relevo.core.errors import RelevoError, Unavailable
@@ -65,7 +65,7 @@ class BlockEvents:
         for watcher in list(self._watchers):
             self._end(watcher, Unavailable("the worker is shutting down"))
 
-    async def watch(self) -> AsyncIterator[worker_pb2.BlockEvents]:
+    async def watch(self) -> AsyncGenerator[worker_pb2.BlockEvents, None]:
         """A snapshot, then deltas as they come, and the load at least every load_interval_seconds.
 
         Raises TooSlow when the reader falls too far behind, Unavailable at close().

@@ -19,7 +19,7 @@ class WorkerSettings(ServiceSettings):
     block_size: int = Field(16, ge=1, description="tokens in a KV block")
     kv_cache_memory: ByteSize = Field(1 << 30, ge=1, description="memory of the KV cache, e.g. 4GiB")
     max_num_seqs: int = Field(64, ge=1, description="requests computed at the same time")
-    max_num_batched_tokens: int = Field(1024, ge=1, description="tokens computed in one step")
+    max_num_batched_tokens: int = Field(512, ge=1, description="tokens computed in one step")
     load_format: LoadFormat = Field("auto", description="dummy: random weights, from config.json alone")
     seed: int = Field(0, ge=0, description="of dummy weights")
     device: Device = Field("auto", description="auto: cuda where there is one, else cpu")

@@ -58,6 +58,12 @@ def failed(error: RelevoError, num_cached_tokens: int = 0) -> pb.Ended:
     return pb.Ended(error=error_to_proto(error), num_cached_tokens=num_cached_tokens)
 
 
+def first_error(group: BaseExceptionGroup[RelevoError]) -> RelevoError:
+    """One of a group's errors, for a reply that has room for one."""
+    error = group.exceptions[0]
+    return first_error(error) if isinstance(error, BaseExceptionGroup) else error
+
+
 def load_to_pb(load: EngineLoad) -> pb.Load:
     return pb.Load(
         num_running=load.num_running,

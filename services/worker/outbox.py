@@ -23,7 +23,7 @@ class Outbox(Generic[UpdateT]):
         self._changed = asyncio.Event()
 
     def put(self, update: UpdateT, num_bytes: int) -> bool:
-        """Queue an update; False, and nothing queued, if the bound would be passed. After close() updates are dropped."""
+        """Queue an update; False, and nothing queued, if the bound would be passed. Dropped once closed."""
         if self._closed:
             return True
         if self._pending_bytes + num_bytes > self._max_pending_bytes:

@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from relevo.core.errors import RelevoError, StartupError, Unavailable
+from relevo.engine.config import EngineInfo
 from relevo.engine.engine import Engine
 from relevo.engine.engine_thread import EngineThread
 from services.common.grpc import Registration, make_server
 from services.common.lifecycle import Process
-from services.kvtransfer.client import AgentClient
+from services.kvtransfer.client import KvAgentClient
 from services.pb import worker_pb2, worker_pb2_grpc
-from services.worker.attaching import attach
 from services.worker.config import WorkerSettings
 from services.worker.servicer import WorkerServicer
 from services.worker.worker import Worker
@@ -24,23 +25,27 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+ATTACH_INTERVAL_SECONDS = 0.2
 STOP_GRACE_SECONDS = 1.0  # for streams to end by themselves after a drain has ended their requests
 
 
 async def serve_worker(
     settings: WorkerSettings,
     process: Process,
-    role: worker_pb2.Role,
-    make_registration: Callable[[Worker, AgentClient | None], Registration],
+    role: worker_pb2.Role.ValueType,
+    make_registration: Callable[[Worker, KvAgentClient | None], Registration],
 ) -> None:
     """Load, attach, listen, report ready. What is started is stopped in reverse order at shutdown."""
-    worker_id = settings.worker_id or f"{process.role}-{settings.port or process.incarnation[:8]}"
+    server = make_server([], settings.host, settings.port)  # a port that is taken shows before minutes of loading
+    worker_id = settings.worker_id or f"{process.role}-{server.port}"
     engine = await _load_engine(settings)
     info = engine.info
     agent = None
+    agent_address = ""
     if settings.kv_agent:
-        agent = await attach(settings, worker_id, process.incarnation, info)
+        agent = KvAgentClient(settings.kv_agent, worker_id, process.incarnation)
         process.stack.push_async_callback(agent.close)
+        agent_address = await _attach(agent, info, settings.attach_timeout_seconds)
 
     worker = Worker(settings, engine, EngineThread)
     process.stack.callback(worker.copier.close)
@@ -60,7 +65,7 @@ async def serve_worker(
         num_blocks=info.num_blocks,
         max_model_len=info.max_model_len,
         vocab_size=info.vocab_size,
-        agent_address=agent.advertised_address if agent is not None else "",
+        agent_address=agent_address,
         max_num_seqs=info.max_num_seqs,
     )
     identity = Registration(
@@ -68,7 +73,8 @@ async def serve_worker(
         WorkerServicer(worker_info, worker.block_events),
         "relevo.v1.Worker",
     )
-    server = make_server([make_registration(worker, agent), identity], settings.host, settings.port)
+    server.register(make_registration(worker, agent))
+    server.register(identity)
     await server.start()
     process.stack.push_async_callback(server.stop, STOP_GRACE_SECONDS)
     process.stack.push_async_callback(worker.drain, settings.drain_seconds)
@@ -91,6 +97,30 @@ async def _load_engine(settings: WorkerSettings) -> Engine:
         info.max_model_len,
     )
     return engine
+
+
+async def _attach(agent: KvAgentClient, info: EngineInfo, timeout_seconds: float) -> str:
+    """Map the agent's arena; the address under which other agents reach it. The agent may be starting at this moment.
+
+    Raises StartupError when it is not there in time, or cut for other blocks.
+    """
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            while True:
+                try:
+                    mapping = await agent.attach(info.fingerprint, info.block_bytes)
+                except Unavailable as error:
+                    logger.debug("waiting for the KV agent: %s", error.message)
+                    await asyncio.sleep(ATTACH_INTERVAL_SECONDS)
+                else:
+                    return mapping.agent_address
+    except TimeoutError:
+        raise StartupError(
+            f"--kv-agent {agent.address}: nobody answers there after {timeout_seconds:g} s; start it with "
+            "python -m services.kvtransfer"
+        ) from None
+    except RelevoError as error:
+        raise StartupError(f"--kv-agent {agent.address}: {error.message}") from error
 
 
 async def _in_daemon_thread(function: Callable[[], T]) -> T:

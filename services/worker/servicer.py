@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -17,14 +17,14 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         self._info = info
         self._block_events = block_events
 
-    async def GetInfo(  # type: ignore[override]  # the generated type has the synchronous server's signature
+    async def GetInfo(
         self, request: worker_pb2.GetInfoRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> worker_pb2.WorkerInfo:
         return self._info
 
-    async def WatchBlocks(  # type: ignore[override]  # as above
+    async def WatchBlocks(
         self, request: worker_pb2.WatchBlocksRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[worker_pb2.BlockEvents]:
+    ) -> AsyncGenerator[worker_pb2.BlockEvents, None]:
         async with aclosing(self._block_events.watch()) as events:
             async for event in events:
                 yield event

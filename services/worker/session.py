@@ -57,7 +57,7 @@ class Reply(Generic[UpdateT]):
 
     def __init__(self, handle: int, send: Callable[[UpdateT], None], end: Callable[[int, Ended], None]) -> None:
         self.handle = handle
-        self._send = send
+        self._send: Callable[[UpdateT], None] = send
         self._end = end
         self.has_ended = False
 
@@ -86,7 +86,7 @@ class Session(Generic[CommandT, UpdateT, UpdatesT]):
         max_pending_bytes: int = MAX_PENDING_BYTES,
     ) -> None:
         self._worker = worker
-        self._dialect = dialect
+        self._dialect: Dialect[CommandT, UpdateT, UpdatesT] = dialect
         self._name = worker.next_session_name()
         self._requests: dict[int, ServedRequest[CommandT]] = {}
         self._num_submitted = 0
@@ -101,6 +101,8 @@ class Session(Generic[CommandT, UpdateT, UpdatesT]):
         logger.debug("stream %s opened by %s", self._name, context.peer())
         with self._worker.session(self):
             try:
+                # By itself: a write that is cancelled half way would leave gRPC unsure whether they were sent.
+                await context.send_initial_metadata(())
                 async with asyncio.TaskGroup() as tasks:
                     self._tasks = [tasks.create_task(self._read(context)), tasks.create_task(self._write(context))]
             finally:
@@ -178,5 +180,3 @@ class Session(Generic[CommandT, UpdateT, UpdatesT]):
             task.cancel()
         # Not from here: this may be in the middle of one request's step.
         asyncio.get_running_loop().call_soon(self.cancel_all)
-
-

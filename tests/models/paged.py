@@ -36,7 +36,7 @@ class PagedModel:
         """Append tokens to sequences, all in one flat batch; returns the logits of every new token, by sequence."""
         flat, context, positions = self._batch(batch)
         logits = self.model.forward(torch.tensor(flat), positions, context, torch.arange(len(flat)))
-        return dict(zip(batch, logits.split([len(tokens) for tokens in batch.values()]), strict=True))
+        return dict(zip(batch, torch.split(logits, [len(tokens) for tokens in batch.values()]), strict=True))
 
     def forward(self, batch: dict[str, Sequence[int]], logits_indices: Tensor) -> Tensor:
         """The same, but the logits that are asked for."""

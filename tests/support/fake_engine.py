@@ -57,7 +57,8 @@ class FakeKVCache:
         self.storage[block_id] = np.frombuffer(source, dtype=np.uint8)
 
     def checksum_view(self, block_id: int) -> NDArray[Any]:
-        return self.storage[block_id]
+        view: NDArray[Any] = self.storage[block_id]
+        return view
 
 
 class FakeEngine:
@@ -146,7 +147,8 @@ class FakeEngine:
                 if e.request.hold_blocks
             ],
             tokens=[NewTokens(request_id, [token_id], []) for request_id, token_id in sampled.items()],
-            ended=cancelled + [EndedRequest(r.request_id, r.finish_reason, r.num_cached_tokens) for r in ended if r.finish_reason],
+            ended=cancelled
+            + [EndedRequest(r.request_id, r.finish_reason, r.num_cached_tokens) for r in ended if r.finish_reason],
             stored=stored,
             removed=removed,
             num_scheduled_tokens=output.num_scheduled_tokens,

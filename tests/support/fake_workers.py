@@ -256,9 +256,8 @@ class _PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self._worker = worker
 
     async def Prefill(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]  # writes to context
-        await Session(self._worker, context, prefill_pb2.PrefillUpdates, prefill_pb2.PrefillUpdate).run(
-            request_iterator
-        )
+        updates, update = prefill_pb2.PrefillUpdates, prefill_pb2.PrefillUpdate
+        await self._worker.session(context, updates, update, self._worker.serve).run(request_iterator)
 
 
 class _DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):

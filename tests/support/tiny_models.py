@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 BOS, EOS, PAD = 1, 2, 0
@@ -128,9 +128,9 @@ def tiny_config(architecture: str) -> PreTrainedConfig:
     return config
 
 
-def _build(architecture: str) -> PreTrainedModel:
+def _build(architecture: str) -> Any:
     auto_model: Any = AutoModelForCausalLM
-    model: PreTrainedModel = auto_model.from_config(tiny_config(architecture))
+    model = auto_model.from_config(tiny_config(architecture)).eval()
     generator = torch.Generator().manual_seed(zlib.crc32(architecture.encode()))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -142,11 +142,12 @@ def _build(architecture: str) -> PreTrainedModel:
                 parameter.copy_(1 + 0.2 * noise)
             else:
                 parameter.copy_(0.2 * noise)
-    model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
-    return model.eval()
+    generation_config: Any = GenerationConfig
+    model.generation_config = generation_config(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+    return model
 
 
-def _save(model: PreTrainedModel, folder: Path) -> None:
+def _save(model: Any, folder: Path) -> None:
     library_logging: Any = transformers_logging
     library_logging.disable_progress_bar()
     try:

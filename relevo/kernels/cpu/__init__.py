@@ -16,6 +16,7 @@ from torch import Tensor
 
 from relevo.kernels import reference
 from relevo.kernels.cpu.attention import build_worker
+from relevo.kernels.cpu.jit import CFunction
 from relevo.kernels.cpu.openmp import run_on_threads
 from relevo.kernels.cpu.plan import plan
 from relevo.kernels.cpu.records import PROBLEM, WORK, Problem
@@ -132,11 +133,11 @@ def _attend(problem: Problem) -> None:
     results = torch.empty(results_size, dtype=torch.float32)
     addresses = (ctypes.addressof(packed), items.ctypes.data, len(items))
     work = WORK.pack(*addresses, counters.data_ptr(), scratch.data_ptr(), results.data_ptr())
-    run_on_threads(_worker(), work, problem.workers)
+    run_on_threads(_worker().address, work, problem.workers)
 
 
 @cache
-def _worker() -> int:
+def _worker() -> CFunction:
     return build_worker()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from relevo.kernels.cpu.buffers import Buffers, Result, buffers_at, padded, result_at, result_floats, scratch_floats
 from relevo.kernels.cpu.finish import merge, write
-from relevo.kernels.cpu.jit import callback, jit, sources_digest
+from relevo.kernels.cpu.jit import CFunction, callback, jit, sources_digest
 from relevo.kernels.cpu.records import ITEM_FIELDS, Item, Problem, load_item, load_problem, load_work
 from relevo.kernels.cpu.simd import (
     FLOAT32,
@@ -12,17 +12,17 @@ from relevo.kernels.cpu.simd import (
     float_of,
     load_float,
     load_int32,
-    prefetch,
     splat,
     store,
     store_float,
-    widen,
+    store_int64,
     widen_rows,
 )
 from relevo.kernels.cpu.tile import (
     MASKED,
     MAX_PANEL,
     TILE_KEYS,
+    Ahead,
     accumulate,
     cap,
     logits_of_8_rows,
@@ -32,8 +32,8 @@ from relevo.kernels.cpu.tile import (
 )
 
 
-def build_worker() -> int:
-    """The address of `void work(const Work *)`, which each thread calls: it takes items until none is left."""
+def build_worker() -> CFunction:
+    """`void work(const Work *)`, which each thread calls: it takes items until none is left."""
     digest = sources_digest()
 
     def work(address: int) -> None:
@@ -73,8 +73,9 @@ def _attend_item(problem: Problem, item: Item, buffers: Buffers, result: Result)
     for first_key in range(begin, end, TILE_KEYS):
         tokens = min(TILE_KEYS, end - first_key)
         _load_keys(problem, item, buffers, first_key, tokens)
+        ahead = _look_ahead(problem, item, buffers, first_key + TILE_KEYS)
         for first_row in range(0, rows, panel):
-            _attend_panel(problem, item, buffers, result, panel, rows, first_row, first_key, tokens)
+            _attend_panel(problem, item, buffers, result, panel, rows, first_row, first_key, tokens, ahead)
 
 
 @jit
@@ -88,6 +89,7 @@ def _attend_panel(
     first_row: int,
     first_key: int,
     tokens: int,
+    ahead: Ahead,
 ) -> None:
     """One panel of rows against the tile's keys [first_key, first_key + tokens)."""
     group = problem.heads // problem.kv_heads
@@ -97,41 +99,40 @@ def _attend_panel(
     tokens = min(tokens, high + 1 - first_key)
     if tokens <= 0 or first_key + tokens <= low - problem.window + 1:
         return
-    logits, queries = buffers.logits, buffers.queries + 4 * first_row * problem.k_dim
-    computed = (tokens + 7) // 8 * 8
+    k_pad, v_pad = padded(problem.k_dim), padded(problem.v_dim)
+    logits, queries = buffers.logits, buffers.queries + 4 * first_row * k_pad
     if panel == 8:
-        logits_of_8_rows(logits, queries, buffers.keys, computed, problem.k_dim)
+        logits_of_8_rows(logits, queries, buffers.keys, tokens, k_pad, ahead)
     else:
-        logits_of_16_rows(logits, queries, buffers.keys, computed, problem.k_dim)
+        logits_of_16_rows(logits, queries, buffers.keys, (tokens + 3) // 4 * 4, k_pad)
     softcap = float_of(problem.softcap)
     if softcap > 0.0:
         cap(logits, tokens * panel, softcap)
     if first_key + tokens - 1 > low or first_key <= high - problem.window:
         mask(logits, tokens, panel, first_key - item.position, first_row, group, problem.window)
     softmax(logits, result.maxima + 4 * first_row, result.sums + 4 * first_row, buffers.decay, tokens, panel)
-    v_pad = padded(problem.v_dim)
     output = result.output + 4 * first_row * v_pad
     accumulate(output, logits, buffers.values, buffers.decay, last_row + 1 - first_row, tokens, panel, v_pad)
 
 
 @jit
 def _load_queries(problem: Problem, item: Item, buffers: Buffers, rows: int, panel: int) -> None:
-    """Scale the item's queries and lay them into panels; rows past the last are zero."""
+    """Scale the item's queries and lay them into panels; rows and dims past the last are zero."""
     group = problem.heads // problem.kv_heads
-    head = item.kv_head * group
-    scale = float_of(problem.scale)
+    scale, k_pad = float_of(problem.scale), padded(problem.k_dim)
+    row_stride, dim_stride = (4 * k_pad, 4) if panel == 8 else (4, 4 * panel)
     for row in range((rows + panel - 1) // panel * panel):
-        target = buffers.queries + 4 * ((row // panel) * panel * problem.k_dim + row % panel)
+        target = buffers.queries + 4 * k_pad * (row // panel * panel) + row % panel * row_stride
+        dims = 0
         if row < rows:
-            token = item.first + row // group
-            source = problem.query + token * problem.query_token_stride
-            source += (head + row % group) * problem.query_head_stride
-            widen(buffers.line, source, problem.k_dim, problem.query_element)
-            for d in range(problem.k_dim):
-                store_float(target + 4 * d * panel, load_float(buffers.line + 4 * d) * scale)
-        else:
-            for d in range(problem.k_dim):
-                store_float(target + 4 * d * panel, 0.0)
+            dims = problem.k_dim
+            token, head = item.first + row // group, item.kv_head * group + row % group
+            source = problem.query + token * problem.query_token_stride + head * problem.query_head_stride
+            widen_rows(buffers.line, 0, source, 0, 1, dims, problem.query_element)
+        for d in range(dims):
+            store_float(target + d * dim_stride, load_float(buffers.line + 4 * d) * scale)
+        for d in range(dims, k_pad):
+            store_float(target + d * dim_stride, 0.0)
 
 
 @jit
@@ -152,37 +153,41 @@ def _clear(problem: Problem, item: Item, result: Result, rows: int) -> None:
 
 @jit
 def _load_keys(problem: Problem, item: Item, buffers: Buffers, first_key: int, tokens: int) -> None:
-    """Gather the tile's keys and values as float32, and ask memory for the next tile's."""
-    v_pad, size, element = padded(problem.v_dim), problem.block_size, problem.cache_element
-    key_bytes, value_bytes = (4 * problem.k_dim, 4 * problem.v_dim) if element == FLOAT32 else (2 * problem.k_dim, 2 * problem.v_dim)
-    table = problem.block_table + item.sequence * problem.block_table_stride
-    keys = problem.key + item.kv_head * problem.key_head_stride
-    values = problem.value + item.kv_head * problem.value_head_stride
-    past = first_key + tokens
-    end = min(past + TILE_KEYS, item.end)
+    """Gather the tile's keys and values as float32."""
+    size, element = problem.block_size, problem.cache_element
+    key_line, value_line = 4 * padded(problem.k_dim), 4 * padded(problem.v_dim)
+    end = first_key + tokens
     for block in range(first_key // size, (end - 1) // size + 1):
-        block_id = load_int32(table + 4 * block)
-        key = keys + block_id * problem.key_block_stride
-        value = values + block_id * problem.value_block_stride
-        # this block's tokens: [begin, middle) are the tile's, [middle, stop) are the next one's
-        begin, stop = max(first_key, block * size), min(end, (block + 1) * size)
-        middle = min(max(past, begin), stop)
-        key += (begin - block * size) * problem.key_token_stride
-        value += (begin - block * size) * problem.value_token_stride
+        begin, past = max(first_key, block * size), min(end, (block + 1) * size)
         at = begin - first_key
-        count = middle - begin
-        if count > 0:
-            widen_rows(buffers.keys + 4 * at * problem.k_dim, 4 * problem.k_dim, key, problem.key_token_stride, count, problem.k_dim, element)
-            widen_rows(buffers.values + 4 * at * v_pad, 4 * v_pad, value, problem.value_token_stride, count, problem.v_dim, element)
-            for token in range(at, at + count):
-                for d in range(problem.v_dim, v_pad):
-                    store_float(buffers.values + 4 * (token * v_pad + d), 0.0)
-            key += count * problem.key_token_stride
-            value += count * problem.value_token_stride
-        for _ in range(middle, stop):
-            for line in range(0, key_bytes, 64):
-                prefetch(key + line)
-            for line in range(0, value_bytes, 64):
-                prefetch(value + line)
-            key += problem.key_token_stride
-            value += problem.value_token_stride
+        key, value = _cached(problem, item, block, begin - block * size)
+        target = buffers.keys + at * key_line
+        widen_rows(target, key_line, key, problem.key_token_stride, past - begin, problem.k_dim, element)
+        target = buffers.values + at * value_line
+        widen_rows(target, value_line, value, problem.value_token_stride, past - begin, problem.v_dim, element)
+
+
+@jit
+def _look_ahead(problem: Problem, item: Item, buffers: Buffers, first_key: int) -> Ahead:
+    """Where the keys and values of a tile lie that begins at first_key."""
+    size, end = problem.block_size, min(first_key + TILE_KEYS, item.end)
+    at = buffers.ahead
+    for block in range(first_key // size, (end - 1) // size + 1):
+        begin, past = max(first_key, block * size), min(end, (block + 1) * size)
+        key, value = _cached(problem, item, block, begin - block * size)
+        for _ in range(begin, past):
+            store_int64(at, key)
+            store_int64(at + 8, value)
+            at, key, value = at + 16, key + problem.key_token_stride, value + problem.value_token_stride
+    width = 4 if problem.cache_element == FLOAT32 else 2
+    return Ahead(buffers.ahead, max(end - first_key, 0), width * problem.k_dim, width * problem.v_dim)
+
+
+@jit
+def _cached(problem: Problem, item: Item, block: int, offset: int) -> tuple[int, int]:
+    """The addresses of one token's key and value, at an offset in the sequence's block."""
+    block_id = load_int32(problem.block_table + item.sequence * problem.block_table_stride + 4 * block)
+    key = block_id * problem.key_block_stride + offset * problem.key_token_stride
+    value = block_id * problem.value_block_stride + offset * problem.value_token_stride
+    key_head, value_head = item.kv_head * problem.key_head_stride, item.kv_head * problem.value_head_stride
+    return problem.key + key + key_head, problem.value + value + value_head

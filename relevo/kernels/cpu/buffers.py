@@ -27,6 +27,7 @@ class Buffers(NamedTuple):
     values: int  # [TILE_KEYS, v_pad]
     logits: int  # [TILE_KEYS, panel]
     decay: int  # [panel]
+    ahead: int  # [TILE_KEYS, 2] int64, where the next tile's keys and values lie
     line: int  # [max(k_dim, v_pad)], one row on its way in or out
     result: Result
 
@@ -59,7 +60,7 @@ def result_floats(problem: Problem) -> int:
 def scratch_floats(problem: Problem) -> int:
     """How many float32 the Buffers of one thread take."""
     k_pad, v_pad = padded(problem.k_dim), padded(problem.v_dim)
-    tile = TILE_KEYS * (k_pad + v_pad + MAX_PANEL)
+    tile = TILE_KEYS * (k_pad + v_pad + MAX_PANEL + 4)
     return max_rows(problem) * k_pad + tile + MAX_PANEL + max(k_pad, v_pad) + result_floats(problem)
 
 
@@ -79,5 +80,6 @@ def buffers_at(problem: Problem, address: int) -> Buffers:
     values = keys + 4 * TILE_KEYS * k_pad
     logits = values + 4 * TILE_KEYS * v_pad
     decay = logits + 4 * TILE_KEYS * MAX_PANEL
-    line = decay + 4 * MAX_PANEL
-    return Buffers(address, keys, values, logits, decay, line, result_at(problem, line + 4 * max(k_pad, v_pad)))
+    ahead = decay + 4 * MAX_PANEL
+    line = ahead + 16 * TILE_KEYS
+    return Buffers(address, keys, values, logits, decay, ahead, line, result_at(problem, line + 4 * max(k_pad, v_pad)))

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import numba
 from numba import types
@@ -28,13 +28,19 @@ def entry_point(function: Callable[P, R]) -> Callable[P, R]:
     return cast("Callable[P, R]", _kept_on_disk(numba.njit, function, nogil=True, error_model="numpy"))
 
 
-def callback(function: Callable[[int], None]) -> int:
-    """Compile now a C function of one pointer, and return its address; keeps its machine code on disk.
+class CFunction(Protocol):
+    """Compiled code, in memory for as long as this object is."""
+
+    address: int
+
+
+def callback(function: Callable[[int], None]) -> CFunction:
+    """Compile now a C function of one pointer; keeps its machine code on disk.
 
     It runs on threads that Python does not know: it must not raise, and must not own arrays.
     """
     signature = types.void(types.int64)
-    return int(_kept_on_disk(numba.cfunc, function, signature, error_model="numpy").address)
+    return cast(CFunction, _kept_on_disk(numba.cfunc, function, signature, error_model="numpy"))
 
 
 def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -23,7 +23,7 @@ ParallelRegion = Callable[[int, bytes, int], None]
 
 
 def run_on_threads(function: int, data: bytes, num_threads: int) -> None:
-    """Call the C function `void (*)(void *)` at an address once on each of so many threads, and wait; no GIL is held."""
+    """Call the C function `void f(void *data)` at an address once on each of so many threads, without the GIL."""
     _parallel_region()(function, data, num_threads)
 
 

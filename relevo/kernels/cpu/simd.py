@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]  # ships no types
 from numba import types
 from numba.core.datamodel.models import PrimitiveModel
 from numba.extending import register_model
@@ -25,7 +25,7 @@ _VF32, _VI16, _VI32 = (ir.VectorType(lane, LANES) for lane in (_F32, _I16, _I32)
 _VF16 = ir.VectorType(ir.HalfType(), LANES)
 
 
-class VectorType(types.Type):  # type: ignore[misc]  # numba ships no types
+class VectorType(types.Type):
     """Eight float32 in a register."""
 
     def __init__(self) -> None:
@@ -35,10 +35,10 @@ class VectorType(types.Type):  # type: ignore[misc]  # numba ships no types
 vector = VectorType()
 
 
-@register_model(VectorType)  # type: ignore[untyped-decorator]  # numba ships no types
-class _VectorModel(PrimitiveModel):  # type: ignore[misc]
+@register_model(VectorType)
+class _VectorModel(PrimitiveModel):
     def __init__(self, manager: Any, numba_type: Any) -> None:
-        super().__init__(manager, numba_type, _VF32)
+        super().__init__(manager, numba_type, _VF32)  # type: ignore[no-untyped-call]  # numba's
 
 
 def operation(result: Any, emit: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
@@ -73,7 +73,7 @@ def _load(builder: Any, address: Any, pointee: Any) -> Any:
 
 def _store(builder: Any, address: Any, value: Any) -> None:
     stored = builder.store(value, _pointer(builder, address, value.type))
-    stored.align = 4 if value.type in (_VF32, _F32) else 2
+    stored.align = 4 if value.type in (_VF32, _F32, _I64) else 2
 
 
 def _call(builder: Any, name: str, *values: Any) -> Any:
@@ -178,10 +178,9 @@ load_float = operation(_float, lambda b, at: _load(b, at, _F32), _address)
 store_float = operation(types.void, _store, _address, _float)
 load_int32 = operation(_int, lambda b, at: b.sext(_load(b, at, _I32), _I64), _address)
 load_int64 = operation(_int, lambda b, at: _load(b, at, _I64), _address)
+store_int64 = operation(types.void, _store, _address, types.int64)
 float_of = operation(_float, lambda b, bits: b.fptrunc(b.bitcast(bits, ir.DoubleType()), _F32), types.int64)
-_load_bfloat16_scalar = operation(
-    _float, lambda b, at: _from_bfloat16(b, _load(b, at, _I16), _I32, _F32), _address
-)
+_load_bfloat16_scalar = operation(_float, lambda b, at: _from_bfloat16(b, _load(b, at, _I16), _I32, _F32), _address)
 _load_float16_scalar = operation(_float, lambda b, at: b.fpext(_load(b, at, ir.HalfType()), _F32), _address)
 
 
@@ -202,10 +201,10 @@ def _copy(builder: Any, target: Any, source: Any, num_bytes: Any) -> None:
     builder.call(function, [*pointers, num_bytes, ir.IntType(1)(0)])
 
 
-def record(fields: type[tuple[int, ...]]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def record(fields: type[tuple[Any, ...]]) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Functions to load a NamedTuple of int64 from an address, and to store one there: load(at), store(at, value)."""
     count = len(fields._fields)  # type: ignore[attr-defined]  # a NamedTuple's
-    kind = types.NamedUniTuple(types.int64, count, fields)
+    kind = types.NamedUniTuple(types.int64, count, fields)  # type: ignore[no-untyped-call]  # numba's
 
     def emit_load(builder: Any, address: Any) -> Any:
         value = builder.load(_pointer(builder, address, ir.ArrayType(_I64, count)))
@@ -227,16 +226,10 @@ fetch_add = operation(
 
 
 @jit
-def widen(target: int, source: int, count: int, element: int) -> None:
-    """Read `count` contiguous elements of any supported type and write them as float32."""
-    widen_rows(target, 0, source, 0, 1, count, element)
-
-
-@jit
 def widen_rows(
     target: int, target_stride: int, source: int, source_stride: int, rows: int, count: int, element: int
 ) -> None:
-    """`widen` for each of some rows, so many bytes apart."""
+    """Read rows of `count` elements of any supported type and write them as float32, zero up to the next row."""
     whole = count - count % LANES
     for _ in range(rows):
         if element == BFLOAT16:
@@ -254,6 +247,8 @@ def widen_rows(
                 store(target + 4 * i, load(source + 4 * i))
             for i in range(whole, count):
                 store_float(target + 4 * i, load_float(source + 4 * i))
+        for i in range(count, target_stride // 4):
+            store_float(target + 4 * i, 0.0)
         target += target_stride
         source += source_stride
 

@@ -14,6 +14,8 @@ fill both FMA units. All buffers are float32:
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from relevo.kernels.cpu.jit import jit
 from relevo.kernels.cpu.simd import (
     add,
@@ -23,8 +25,10 @@ from relevo.kernels.cpu.simd import (
     exp,
     fma,
     load,
+    load_int64,
     maximum,
     multiply,
+    prefetch,
     splat,
     store,
     store_float,
@@ -34,14 +38,34 @@ from relevo.kernels.cpu.simd import (
 
 TILE_KEYS = 32  # keys and values of 64 dims, as float32, fit in half of a level-1 cache
 MAX_PANEL = 16
+CACHE_LINE = 64
 MASKED = -1e30  # finite, so that a row that has seen no key yet computes 0 instead of NaN
 
 
+class Ahead(NamedTuple):
+    """Keys and values of the next tile, where they lie in the cache."""
+
+    addresses: int  # [tokens, 2] int64, each a key's and a value's
+    tokens: int
+    key_bytes: int
+    value_bytes: int
+
+
 @jit
-def logits_of_8_rows(logits: int, queries: int, keys: int, tokens: int, k_pad: int) -> None:
-    """One key at a time against 8 rows: dims lie in the lanes, because broadcasts would cost more than they feed."""
+def logits_of_8_rows(logits: int, queries: int, keys: int, tokens: int, k_pad: int, ahead: Ahead) -> None:
+    """One key at a time against 8 rows: dims lie in the lanes, because broadcasts would cost more than they feed.
+
+    Few rows are bound by memory, so each key also asks for one of the next tile's keys and its value.
+    """
     line = 4 * k_pad
     for token in range(tokens):
+        if token < ahead.tokens:
+            key = load_int64(ahead.addresses + 16 * token)
+            for d in range(0, ahead.key_bytes, CACHE_LINE):
+                prefetch(key + d)
+            value = load_int64(ahead.addresses + 16 * token + 8)
+            for d in range(0, ahead.value_bytes, CACHE_LINE):
+                prefetch(value + d)
         s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = splat(0.0)
         key = keys + token * line
         for d in range(0, line, 32):

@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 
 from relevo.core.errors import DeadlineExceeded, Exhausted, InvalidRequest, RelevoError
-from services.kvtransfer.publishing import FIRST_MESSAGE_SECONDS, check_names, read_within
+from services.kvtransfer.publish_session import FIRST_MESSAGE_SECONDS, check_names, read_within
 from services.kvtransfer.pull import pull_blocks
 from services.kvtransfer.reader import Reader
 from services.kvtransfer.store import Store
@@ -143,7 +143,7 @@ class FetchSession:
     async def _read_requests(self) -> None:
         """Releases, until the reader half-closes."""
         try:
-            while (request := await self._context.read()) is not grpc.aio.EOF:
+            while isinstance(request := await self._context.read(), kvtransfer_pb2.FetchRequest):
                 if request.WhichOneof("request") != "release":
                     raise InvalidRequest("only Release may follow OpenFetch", "request")
                 self._reader.release(request.release.indices, request.release.corrupt)

@@ -40,7 +40,7 @@ class FetchBatch:
 
 
 class BlockFetch:
-    """Iterate over it once: batches, until each block is answered. Then, or never, the agent may be gone: Unavailable."""
+    """Iterate over it once: batches, until each block is answered. Raises Unavailable if the agent is gone before."""
 
     def __init__(
         self, call: FetchCall, mapping: ArenaMapping, peer: str, num_blocks: int, timeout_seconds: float

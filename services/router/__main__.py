@@ -1,0 +1,62 @@
+"""python -m services.router"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from relevo import __version__
+from relevo.model_files import GenerationDefaults, ModelFiles, generation_defaults, resolve_model
+from relevo.tokenizer import Tokenizer
+from services.common.discovery import StaticDiscovery
+from services.common.grpc import make_server
+from services.common.lifecycle import Process, run_service
+from services.common.telemetry import make_registry, serve_metrics
+from services.router.app import EdgeConfig, create_app
+from services.router.config import RouterSettings
+from services.router.dispatch import FleetDispatcher
+from services.router.fleet import Fleet
+from services.router.http_server import bind, start_http
+from services.router.servicer import registration
+
+
+async def serve(settings: RouterSettings, process: Process) -> None:
+    """Ports first, so that a taken one is said at once; then the model's files; then the workers."""
+    listener = bind(settings.http_host, settings.http_port)
+    process.stack.callback(listener.close)
+    fleet = Fleet(StaticDiscovery({"prefill": settings.prefill, "decode": settings.decode}))
+    server = make_server([registration(fleet)], settings.host, settings.port)
+    registry = make_registry()
+    if settings.metrics_port is not None:
+        _, stop_metrics = serve_metrics(registry, settings.host, settings.metrics_port)
+        process.stack.callback(stop_metrics)
+
+    files, tokenizer, defaults = await asyncio.to_thread(_load, settings.model)
+    edge = EdgeConfig(
+        served_model_names=tuple(settings.served_model_name) or (files.name,),
+        version=__version__,
+        api_key=settings.api_key.get_secret_value() if settings.api_key is not None else None,
+        max_body_bytes=settings.max_body_bytes,
+    )
+    app = create_app(edge, tokenizer, defaults, FleetDispatcher(fleet), registry=registry)
+
+    process.spawn(fleet.run(), "fleet")
+    await server.start()
+    process.stack.push_async_callback(server.stop, settings.drain_seconds)
+    await start_http(app, listener, process, settings.drain_seconds)
+    await fleet.wait_connected()
+    host, port = listener.getsockname()[:2]
+    process.ready(address=server.address, http=f"http://{f'[{host}]' if ':' in host else host}:{port}")
+
+
+def _load(model: str | None) -> tuple[ModelFiles, Tokenizer | None, GenerationDefaults]:
+    files = resolve_model(model, weights=False)
+    return files, Tokenizer.from_files(files), generation_defaults(files)
+
+
+def main() -> None:
+    sys.exit(run_service("router", RouterSettings, serve))
+
+
+if __name__ == "__main__":
+    main()

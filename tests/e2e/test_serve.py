@@ -1,0 +1,339 @@
+"""`relevo serve` as a user runs it: real processes, the real openai client, Ctrl-C, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import httpx
+import openai
+import pytest
+
+from relevo import demo
+from services.pb import kvtransfer_pb2, kvtransfer_pb2_grpc, router_pb2, router_pb2_grpc
+from tests.support.tiny_models import TinyModels
+
+START_SECONDS = 90  # two cores, shared with another test process
+MODEL = "relevo-demo"
+CHAT = [{"role": "user", "content": "What does os.path.join do?"}]
+LONG_PROMPT = "import os\n" * 60
+SMALL = ["--dtype", "float32", "--kv-cache-memory", "128MiB", "--kv-arena", "64MiB"]
+
+
+@dataclass(frozen=True)
+class Child:
+    name: str
+    grpc_address: str
+    pid: int
+
+
+class Serve:
+    """A running `relevo serve`."""
+
+    def __init__(self, *options: str) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [sys.executable, "-m", "relevo.cli", "serve", *options, "--port", str(self.port)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.printed = self._read_until("Ctrl-C stops it.")
+        pattern = r"^  (\S+) +.*gRPC (\S+) +pid (\d+)$"
+        self.children = [
+            Child(name, address, int(pid)) for name, address, pid in re.findall(pattern, self.printed, re.M)
+        ]
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=60)
+
+    def _read_until(self, end: str) -> str:
+        assert self.process.stdout is not None
+        lines = []
+        deadline = time.monotonic() + START_SECONDS
+        for line in self.process.stdout:
+            lines.append(line)
+            if end in line:
+                return "".join(lines)
+            assert time.monotonic() < deadline
+        _, error = self.process.communicate(timeout=10)
+        raise AssertionError(f"did not start: {''.join(lines)}{error}")
+
+    def child(self, name: str) -> Child:
+        return next(child for child in self.children if child.name == name)
+
+    def stop(self) -> tuple[int, str]:
+        """Ctrl-C; exit code and what was said on stderr."""
+        self.process.send_signal(signal.SIGINT)
+        _, error = self.process.communicate(timeout=40)
+        return self.process.returncode, error
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def arena_files() -> set[Path]:
+    return set(Path("/dev/shm").glob("relevo*"))
+
+
+@pytest.fixture(scope="module")
+def split() -> Iterator[Serve]:
+    """One prefill, one decode. At the end: Ctrl-C, exit code 0, nothing said on stderr, nothing left."""
+    before = arena_files()
+    serve = Serve(*SMALL)
+    try:
+        yield serve
+        wait_until_whole(serve)
+        code, error = serve.stop()
+        assert (code, error) == (0, "")
+        assert not [child for child in serve.children if is_alive(child.pid)]
+        assert arena_files() <= before
+    finally:
+        serve.process.kill()
+
+
+def wait_until_whole(serve: Serve) -> None:
+    """Until nothing is running and every block, slot and pin is accounted for."""
+    deadline = time.monotonic() + 10
+    while (leaks := find_leaks(serve)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not leaks
+
+
+def find_leaks(serve: Serve) -> list[str]:
+    leaks = []
+    with grpc.insecure_channel(serve.child("router").grpc_address) as channel:
+        reply = router_pb2_grpc.RouterStub(channel).ListWorkers(router_pb2.ListWorkersRequest(), timeout=10)
+    for worker in reply.workers:
+        state = (worker.num_requests, worker.load.num_running, worker.load.num_waiting)
+        if state != (0, 0, 0) or worker.load.num_free_blocks != worker.info.num_blocks:
+            leaks.append(f"{worker.info.worker_id}: {state}, {worker.load.num_free_blocks} of {worker.info.num_blocks}")
+    with grpc.insecure_channel(serve.child("kvtransfer").grpc_address) as channel:
+        audit = kvtransfer_pb2_grpc.KvTransferStub(channel).Audit(kvtransfer_pb2.AuditRequest(), timeout=10)
+    if audit.num_granted or audit.num_pinned or audit.num_leases or audit.num_fetches:
+        leaks.append(f"agent: {audit}")
+    if audit.num_free + audit.num_granted + audit.num_sealed != audit.num_slots:
+        leaks.append(f"agent does not add up: {audit}")
+    return leaks
+
+
+def test_prints_endpoint_curl_and_one_line_a_process(split: Serve) -> None:
+    assert f"{split.url}/v1" in split.printed
+    assert [child.name for child in split.children] == ["kvtransfer", "prefill-0", "decode-0", "router"]
+    assert all(is_alive(child.pid) for child in split.children)
+    curl = split.printed.split("Try it:")[1].split("Ctrl-C")[0].strip()
+    answer = subprocess.run(["bash", "-c", f"{curl} -sS"], capture_output=True, text=True, timeout=60, check=True)
+    assert json.loads(answer.stdout)["choices"][0]["message"]["content"]
+
+
+def test_chat_streams_and_answers_whole_alike(split: Serve) -> None:
+    options = {"model": MODEL, "messages": CHAT, "max_tokens": 24, "seed": 3}
+    whole = split.client.chat.completions.create(**options)  # type: ignore[call-overload]
+    chunks = list(
+        split.client.chat.completions.create(  # type: ignore[call-overload]
+            **options, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage == chunks[-1].usage.model_copy(update={"total_tokens": whole.usage.total_tokens})
+
+
+def test_split_direct_and_offline_answers_are_the_same(split: Serve) -> None:
+    """A long prompt takes the way over prefill, its repetition is cached at decode, and LLM has no services at all."""
+    offline = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from relevo import LLM, SamplingParams;"
+            "llm = LLM(dtype='float32', kv_cache_memory=64 << 20);"
+            "p = SamplingParams(max_tokens=32, temperature=0.8, seed=5);"
+            f"a = llm.generate({LONG_PROMPT!r}, p, progress=False);"
+            "sys.stdout.write(a[0].text)",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    answers = [
+        split.client.completions.create(model=MODEL, prompt=LONG_PROMPT, max_tokens=32, temperature=0.8, seed=5)
+        for _ in range(2)
+    ]
+    assert [answer.choices[0].text for answer in answers] == [offline.stdout] * 2
+    first, second = (answer.usage.prompt_tokens_details.cached_tokens for answer in answers)  # type: ignore[union-attr]
+    assert (first or 0) < (second or 0)
+    with grpc.insecure_channel(split.child("kvtransfer").grpc_address) as channel:
+        audit = kvtransfer_pb2_grpc.KvTransferStub(channel).Audit(kvtransfer_pb2.AuditRequest(), timeout=10)
+    assert audit.num_sealed > 0, "nothing was handed over: the split way was not taken"
+
+
+async def test_64_concurrent_mixed_requests_are_all_right(split: Serve) -> None:
+    """Each answer equals the one its request gets alone."""
+    prompts = ["def main(", "import os\n" * 20, "class Stack:\n" * 30, "The quick brown fox"]
+    variants = [
+        {"max_tokens": 8, "temperature": 0},
+        {"max_tokens": 12, "temperature": 0.9, "seed": 4, "top_p": 0.9},
+        {"max_tokens": 10, "temperature": 0.7, "seed": 5, "top_k": 20, "frequency_penalty": 0.5},
+        {"max_tokens": 9, "temperature": 0, "logprobs": 2},
+    ]
+    async with openai.AsyncOpenAI(base_url=f"{split.url}/v1", api_key="unused", max_retries=0, timeout=100) as client:
+
+        async def ask(index: int) -> str:
+            options = {"model": MODEL, "prompt": prompts[index % 4], **variants[index // 4 % 4]}
+            if index % 3:
+                answer = await client.completions.create(**options)  # type: ignore[call-overload]
+                return str(answer.choices[0].text)
+            stream = await client.completions.create(**options, stream=True)  # type: ignore[call-overload]
+            return "".join([chunk.choices[0].text async for chunk in stream if chunk.choices])
+
+        alone = [await ask(index) for index in range(16)]
+        together = await asyncio.gather(*(ask(index) for index in range(64)))
+    assert list(together) == alone * 4
+    wait_until_whole(split)
+
+
+async def test_client_that_hangs_up_frees_everything_within_100_ms(split: Serve) -> None:
+    """Like a browser: reads a little of the stream, then closes the connection."""
+    body = {"model": MODEL, "prompt": LONG_PROMPT, "max_tokens": 1000, "stream": True, "ignore_eos": True}
+    async with (
+        httpx.AsyncClient(base_url=split.url, timeout=60) as client,
+        client.stream("POST", "/v1/completions", json=body) as response,
+    ):
+        lines = response.aiter_lines()
+        for _ in range(6):
+            await anext(lines)
+    hung_up = time.monotonic()
+    seconds = None
+    with grpc.insecure_channel(split.child("router").grpc_address) as channel:
+        stub = router_pb2_grpc.RouterStub(channel)
+        while time.monotonic() < hung_up + 5:
+            workers = stub.ListWorkers(router_pb2.ListWorkersRequest(), timeout=5).workers
+            if all(worker.num_requests == 0 for worker in workers):
+                seconds = time.monotonic() - hung_up
+                break
+    assert seconds is not None, "never freed"
+    assert seconds < 0.1
+    wait_until_whole(split)
+
+
+def test_service_by_itself_has_health_and_reflection(split: Serve) -> None:
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+    from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+    services = {
+        "kvtransfer": "relevo.v1.KvTransfer",
+        "prefill-0": "relevo.v1.PrefillService",
+        "decode-0": "relevo.v1.DecodeService",
+        "router": "relevo.v1.Router",
+    }
+    for name, service in services.items():
+        with grpc.insecure_channel(split.child(name).grpc_address) as channel:
+            health = health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(service=service), timeout=10
+            )
+            assert health.status == health_pb2.HealthCheckResponse.SERVING
+            asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+            replies = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(asked, timeout=10)
+            assert service in {each.name for each in next(replies).list_services_response.service}
+
+
+def test_aggregated_has_no_prefill_and_answers_the_same(split: Serve) -> None:
+    serve = Serve("--topology", "aggregated", "--api-key", "secret", *SMALL)
+    try:
+        assert [child.name for child in serve.children] == ["decode-0", "router"]
+        ask = {"model": MODEL, "prompt": LONG_PROMPT, "max_tokens": 16, "temperature": 0}
+        with pytest.raises(openai.AuthenticationError):
+            serve.client.completions.create(**ask)  # type: ignore[call-overload]
+        client = serve.client.with_options(api_key="secret")
+        answer = client.completions.create(**ask)  # type: ignore[call-overload]
+        assert answer.choices[0].text == split.client.completions.create(**ask).choices[0].text  # type: ignore[call-overload]
+        assert serve.stop() == (0, "")
+    finally:
+        serve.process.kill()
+
+
+def test_launcher_that_is_killed_takes_its_children_along() -> None:
+    before = arena_files()
+    serve = Serve(*SMALL)
+    serve.process.kill()
+    serve.process.communicate(timeout=10)
+    deadline = time.monotonic() + 20
+    while any(is_alive(child.pid) for child in serve.children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [child for child in serve.children if is_alive(child.pid)]
+    assert arena_files() <= before
+
+
+def test_dead_worker_stops_the_stack_and_names_it() -> None:
+    serve = Serve("--topology", "aggregated", *SMALL)
+    os.kill(serve.child("decode-0").pid, signal.SIGKILL)
+    _, error = serve.process.communicate(timeout=40)
+    assert serve.process.returncode == 1
+    assert "decode-0" in error
+    assert not [child for child in serve.children if is_alive(child.pid)]
+
+
+def refused(*arguments: str) -> str:
+    """stderr of a `relevo serve` that can't start: it must leave nothing behind."""
+    before = arena_files()
+    command = [sys.executable, "-m", "relevo.cli", "serve", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=START_SECONDS, check=False)
+    assert result.returncode == 1, result.stdout
+    assert arena_files() <= before
+    assert "Traceback" not in result.stderr
+    return result.stderr.strip()
+
+
+def test_port_in_use_is_one_line() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        error = refused("--port", str(port))
+    assert error.count("\n") == 0
+    assert f"127.0.0.1:{port}" in error
+
+
+def test_unknown_model_is_one_line(tmp_path: Path) -> None:
+    error = refused(str(tmp_path / "nothing"))
+    assert error.count("\n") == 0
+    assert "nothing" in error
+
+
+def test_unsupported_architecture_is_refused_by_name(tiny_models: TinyModels) -> None:
+    error = refused(str(tiny_models.path("mamba")), "--topology", "aggregated", "--port", str(free_port()))
+    assert "MambaForCausalLM" in error.splitlines()[0]
+
+
+def test_model_that_does_not_fit_in_memory_is_refused(tmp_path: Path) -> None:
+    config = json.loads((demo.target_path() / "config.json").read_text())
+    config |= {"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    error = refused(str(tmp_path), "--load-format", "dummy", "--topology", "aggregated", "--port", str(free_port()))
+    assert "memory" in error.splitlines()[0]
+
+
+def test_config_file_sets_options_and_names_unknown_ones(tmp_path: Path) -> None:
+    path = tmp_path / "relevo.yaml"
+    path.write_text("prot: 8001\n")
+    error = refused("--config", str(path))
+    assert "'prot'" in error

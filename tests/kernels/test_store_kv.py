@@ -1,0 +1,61 @@
+"""store_kv writes its slots, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from relevo.kernels import Kernels, load_backend
+from tests.kernels.paged import make_batch
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    return load_backend(request.param, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(("k_dim", "v_dim", "block_size"), [(64, 64, 16), (20, 7, 1), (128, 64, 5)])
+def test_slots_are_written_and_nothing_else(
+    kernels: Kernels, dtype: torch.dtype, k_dim: int, v_dim: int, block_size: int
+) -> None:
+    batch = make_batch([(30, 7), (5, 5), (64, 1)], k_dim=k_dim, v_dim=v_dim, block_size=block_size, dtype=dtype)
+    batch.storage.copy_(torch.randn(batch.storage.shape))
+    expected = batch.storage.clone()
+    layer = block_size * 2 * (k_dim + v_dim)
+    for token, slot in enumerate(batch.metadata.slot_mapping.tolist()):
+        block_id, offset = divmod(slot, block_size)
+        k_begin = layer + offset * 2 * k_dim
+        v_begin = layer + block_size * 2 * k_dim + offset * 2 * v_dim
+        expected[block_id, k_begin : k_begin + 2 * k_dim] = batch.key[token].flatten()
+        expected[block_id, v_begin : v_begin + 2 * v_dim] = batch.value[token].flatten()
+    kernels.store_kv(batch.key, batch.value, batch.k_cache, batch.v_cache, batch.metadata.slot_mapping)
+    assert batch.storage.equal(expected)
+
+
+def test_sources_may_have_any_strides(kernels: Kernels) -> None:
+    """As slices of a merged projection, and with the last dimension strided."""
+    batch = make_batch([(30, 7)])
+    merged = torch.randn(7, 2 * 2 * 64)
+    key = merged[:, :128].view(7, 2, 64)
+    value = torch.randn(64, 2, 7).permute(2, 1, 0)
+    kernels.store_kv(key, value, batch.k_cache, batch.v_cache, batch.metadata.slot_mapping)
+    for token, slot in enumerate(batch.metadata.slot_mapping.tolist()):
+        assert batch.k_cache[slot // 16, slot % 16].equal(key[token])
+        assert batch.v_cache[slot // 16, slot % 16].equal(value[token])
+
+
+def test_float32_keys_are_rounded_to_the_cache(kernels: Kernels) -> None:
+    batch = make_batch([(30, 7)], dtype=torch.bfloat16)
+    key, value = torch.randn(7, 2, 64), torch.randn(7, 2, 64)
+    kernels.store_kv(key, value, batch.k_cache, batch.v_cache, batch.metadata.slot_mapping)
+    for token, slot in enumerate(batch.metadata.slot_mapping.tolist()):
+        assert batch.k_cache[slot // 16, slot % 16].equal(key[token].bfloat16())
+        assert batch.v_cache[slot // 16, slot % 16].equal(value[token].bfloat16())
+
+
+def test_a_slot_past_the_cache_is_refused(kernels: Kernels) -> None:
+    batch = make_batch([(30, 1)])
+    slots = torch.tensor([batch.storage.shape[0] * 16])
+    with pytest.raises(IndexError):
+        kernels.store_kv(batch.key, batch.value, batch.k_cache, batch.v_cache, slots)

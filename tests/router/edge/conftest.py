@@ -1,0 +1,115 @@
+"""The edge behind a real uvicorn on a free port, in the test's own loop; the demo model's tokenizer."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from prometheus_client import CollectorRegistry
+from starlette.types import ASGIApp
+
+from relevo.model_files import GenerationDefaults, generation_defaults, resolve_model
+from relevo.tokenizer import Tokenizer
+from services.router.app import EdgeConfig, create_app
+from tests.router.edge.fakes import FakeDispatcher
+
+NAME = "demo-model"
+MAX_BODY_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Served:
+    """An edge's app and what is around it."""
+
+    app: ASGIApp
+    dispatcher: FakeDispatcher
+    registry: CollectorRegistry
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A running edge. http: knows its address, and no key."""
+
+    port: int
+    dispatcher: FakeDispatcher
+    http: httpx.AsyncClient
+    registry: CollectorRegistry
+
+    @asynccontextmanager
+    async def openai(self, api_key: str = "none") -> AsyncIterator[openai.AsyncOpenAI]:
+        http_client = openai.DefaultAsyncHttpxClient(verify=False)  # no TLS here: spares loading certificates
+        async with openai.AsyncOpenAI(
+            base_url=f"http://127.0.0.1:{self.port}/v1",
+            api_key=api_key,
+            max_retries=0,
+            timeout=20,
+            http_client=http_client,
+        ) as client:
+            yield client
+
+
+def make_served(tokenizer: Tokenizer | None, defaults: GenerationDefaults, api_key: str | None = None) -> Served:
+    dispatcher = FakeDispatcher()
+    registry = CollectorRegistry()
+    config = EdgeConfig(
+        served_model_names=(NAME, "alias"), version="1.2.3", api_key=api_key, max_body_bytes=MAX_BODY_BYTES
+    )
+    app = create_app(config, tokenizer, defaults, dispatcher, registry=registry)
+    return Served(app, dispatcher, registry)
+
+
+@asynccontextmanager
+async def running(served: Served) -> AsyncIterator[Edge]:
+    """Behind uvicorn without its main loop and signal handlers."""
+    # With the protocol named: asyncio turns Nagle's algorithm off only then, and an answer's two writes cost 40 ms else.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.bind(("127.0.0.1", 0))
+        config = uvicorn.Config(served.app, http="httptools", lifespan="off", log_config=None, access_log=False)
+        config.load()
+        server = uvicorn.Server(config)
+        server.lifespan = config.lifespan_class(config)
+        await server.startup(sockets=[listener])
+        port = listener.getsockname()[1]
+        try:
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20, verify=False) as client:
+                yield Edge(port, served.dispatcher, client, served.registry)
+        finally:
+            await server.shutdown(sockets=[listener])
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    found = Tokenizer.from_files(resolve_model(None))
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="session")
+def defaults() -> GenerationDefaults:
+    return generation_defaults(resolve_model(None))
+
+
+@pytest.fixture(scope="session")
+def shared(tokenizer: Tokenizer, defaults: GenerationDefaults) -> Served:
+    return make_served(tokenizer, defaults)
+
+
+@pytest.fixture
+async def edge(shared: Served) -> AsyncIterator[Edge]:
+    """One app for all tests; its metrics go on counting."""
+    shared.dispatcher.reset()
+    async with running(shared) as edge:
+        yield edge
+
+
+@pytest.fixture
+async def fresh_edge(tokenizer: Tokenizer, defaults: GenerationDefaults) -> AsyncIterator[Edge]:
+    """Its metrics begin at zero."""
+    async with running(make_served(tokenizer, defaults)) as edge:
+        yield edge

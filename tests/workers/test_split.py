@@ -1,0 +1,399 @@
+"""A prompt computed here, decoded there: fake engines, a real agent between them, and every way to fail."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from services.kvtransfer.agent import Agent
+from services.pb import decode_pb2, messages_pb2, prefill_pb2
+from tests.support.fake_engine import FakeEngine, continuation
+from tests.workers.harness import (
+    RouterStream,
+    RunningWorker,
+    decode_stream,
+    is_unused,
+    prefill_stream,
+    running_agent,
+    running_decode,
+    running_local_decode,
+    running_prefill,
+    submit_decode,
+    submit_prefill,
+    submit_split,
+    until,
+)
+
+BLOCK_SIZE = 4
+PROMPT = list(range(1, 31))  # 7 full blocks and 2 tokens
+NUM_BLOCKS = len(PROMPT) // BLOCK_SIZE
+MAX_TOKENS = 6
+EXPECTED = continuation(PROMPT, MAX_TOKENS)
+
+
+@dataclass
+class Pair:
+    """A prefill and a decode worker with streams from one router."""
+
+    agent: Agent
+    prefill: RunningWorker
+    decode: RunningWorker
+    to_prefill: RouterStream[prefill_pb2.PrefillCommand]
+    to_decode: RouterStream[decode_pb2.DecodeCommand]
+
+    async def submit(self, handle: int = 1, prompt: list[int] = PROMPT, **fields: Any) -> str:
+        """Both submits; returns where the blocks are announced."""
+        await self.to_decode.send(submit_split(handle, prompt, MAX_TOKENS, **fields))
+        accepted = await self.to_decode.next(handle, "accepted")
+        await self.to_prefill.send(
+            submit_prefill(handle, prompt, MAX_TOKENS, num_blocks_at_decode=accepted.num_cached_blocks, **fields)
+        )
+        announced = await self.to_prefill.next(handle, "announced")
+        return str(announced.agent_address)
+
+    async def fetch(self, address: str, handle: int = 1) -> None:
+        fetch_kv = decode_pb2.FetchKv(source_agent_address=address)
+        await self.to_decode.send(decode_pb2.DecodeCommand(handle=handle, fetch_kv=fetch_kv))
+
+    async def relay_first_token(self, handle: int = 1) -> int:
+        first = await self.to_prefill.next(handle, "first_token")
+        token_id = int(first.token_ids[0])
+        await self.give_first_token(token_id, handle)
+        return token_id
+
+    async def give_first_token(self, token_id: int, handle: int = 1) -> None:
+        first_token = decode_pb2.FirstToken(token_id=token_id)
+        await self.to_decode.send(decode_pb2.DecodeCommand(handle=handle, first_token=first_token))
+
+    async def compute_locally(self, handle: int = 1) -> None:
+        local = decode_pb2.ComputeLocally()
+        await self.to_decode.send(decode_pb2.DecodeCommand(handle=handle, compute_locally=local))
+
+    async def cancel_decode(self, handle: int = 1) -> None:
+        await self.to_decode.send(decode_pb2.DecodeCommand(handle=handle, cancel=decode_pb2.CancelDecode()))
+
+    async def cancel_prefill(self, handle: int = 1) -> None:
+        await self.to_prefill.send(prefill_pb2.PrefillCommand(handle=handle, cancel=prefill_pb2.CancelPrefill()))
+
+    async def serve(self, handle: int = 1, prompt: list[int] = PROMPT) -> list[int]:
+        """A whole request, as the router drives it; its tokens."""
+        await self.fetch(await self.submit(handle, prompt), handle)
+        first = await self.relay_first_token(handle)
+        _, prefilled = await self.to_prefill.rest(handle)
+        assert prefilled.finish_reason == messages_pb2.FINISH_REASON_LENGTH
+        token_ids, ended = await self.to_decode.rest(handle)
+        assert ended.finish_reason == messages_pb2.FINISH_REASON_LENGTH
+        return [first, *token_ids]
+
+
+@pytest.fixture
+async def agent(tmp_path: Path) -> AsyncIterator[Agent]:
+    async with running_agent(tmp_path) as agent:
+        yield agent
+
+
+@pytest.fixture
+async def pair(agent: Agent) -> AsyncIterator[Pair]:
+    async with AsyncExitStack() as stack:
+        prefill = await stack.enter_async_context(running_prefill(agent))
+        decode = await stack.enter_async_context(running_decode(agent))
+        to_prefill = await stack.enter_async_context(prefill_stream(prefill))
+        to_decode = await stack.enter_async_context(decode_stream(decode))
+        yield Pair(agent, prefill, decode, to_prefill, to_decode)
+
+
+async def test_split_gives_the_tokens_of_one_engine_and_computes_the_prompt_once(pair: Pair) -> None:
+    assert await pair.serve() == EXPECTED
+    assert pair.prefill.engine.num_computed_tokens == len(PROMPT)
+    # Decode computes the tail, and every token but the last.
+    assert pair.decode.engine.num_computed_tokens == len(PROMPT) - NUM_BLOCKS * BLOCK_SIZE + MAX_TOKENS - 1
+
+
+async def test_many_split_requests_at_once(pair: Pair) -> None:
+    prompts = {handle: [handle + 1, *PROMPT] for handle in range(6)}
+    addresses = {handle: await pair.submit(handle, prompt) for handle, prompt in prompts.items()}
+    for handle, address in addresses.items():
+        await pair.fetch(address, handle)
+    for handle, prompt in prompts.items():
+        first = await pair.relay_first_token(handle)
+        token_ids, _ = await pair.to_decode.rest(handle)
+        assert [first, *token_ids] == continuation(prompt, MAX_TOKENS)
+
+
+async def test_next_turn_transfers_only_what_decode_lacks(pair: Pair) -> None:
+    await pair.serve()
+    prompt = PROMPT + EXPECTED + [7] * 10
+    assert await pair.serve(2, prompt) == continuation(prompt, MAX_TOKENS)
+    # Of 30 + 6 tokens decode computed all but the last: 8 blocks were there already.
+    num_sealed = pair.agent.store.table.audit().num_sealed
+    assert num_sealed == NUM_BLOCKS + len(prompt) // BLOCK_SIZE - (len(PROMPT) + MAX_TOKENS - 1) // BLOCK_SIZE
+
+
+async def test_prefill_takes_what_the_agent_holds_and_its_pool_lacks(pair: Pair) -> None:
+    await pair.serve()
+    async with (
+        running_prefill(pair.agent) as other,
+        prefill_stream(other) as stream,
+        running_decode(pair.agent) as decode,
+        decode_stream(decode) as to_decode,
+    ):
+        second = Pair(pair.agent, other, decode, stream, to_decode)
+        assert await second.serve() == EXPECTED
+        assert other.engine.num_computed_tokens == len(PROMPT) - NUM_BLOCKS * BLOCK_SIZE
+
+
+async def test_fully_present_prompt_leaves_a_row_to_compute(pair: Pair) -> None:
+    prompt = PROMPT[:8]
+    await pair.serve(1, prompt)
+    async with running_prefill(pair.agent) as other, prefill_stream(other) as stream:
+        await stream.send(submit_prefill(1, prompt))
+        await stream.next(1, "announced")
+        first = await stream.next(1, "first_token")
+        assert list(first.token_ids) == continuation(prompt, 1)
+        _, ended = await stream.rest(1)
+        assert ended.num_cached_tokens == BLOCK_SIZE
+
+
+async def test_prompt_shorter_than_a_block_publishes_nothing(pair: Pair) -> None:
+    assert await pair.serve(1, PROMPT[:3]) == continuation(PROMPT[:3], MAX_TOKENS)
+    assert pair.agent.store.table.audit().num_sealed == 0
+
+
+async def test_first_token_that_is_eos_ends_with_stop(agent: Agent) -> None:
+    engine = FakeEngine(eos_token_ids=(EXPECTED[0],))
+    async with running_prefill(agent, engine) as prefill, prefill_stream(prefill) as stream:
+        await stream.send(submit_prefill(1, PROMPT))
+        await stream.next(1, "announced")
+        _, ended = await stream.rest(1)
+        assert ended.finish_reason == messages_pb2.FINISH_REASON_STOP
+
+
+async def test_full_arena_refuses_before_prefill(tmp_path: Path) -> None:
+    async with (
+        running_agent(tmp_path, num_blocks=NUM_BLOCKS - 1) as agent,
+        running_prefill(agent) as prefill,
+        prefill_stream(prefill) as stream,
+    ):
+        await stream.send(submit_prefill(1, PROMPT))
+        token_ids, ended = await stream.rest(1)
+        assert not token_ids
+        assert ended.error.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+        assert prefill.engine.num_computed_tokens == 0
+
+
+async def test_corrupt_block_is_recomputed(pair: Pair) -> None:
+    address = await pair.submit()
+    await pair.to_prefill.rest(1)
+    table, arena = pair.agent.store.table, pair.agent.store.arena
+    assert table.audit().num_sealed == NUM_BLOCKS
+    for slot in range(arena.num_slots):
+        arena.slot(slot)[5] ^= 1
+    await pair.fetch(address)
+    await pair.give_first_token(EXPECTED[0])
+    token_ids, ended = await pair.to_decode.rest(1)
+    assert token_ids == EXPECTED[1:]
+    assert ended.num_cached_tokens == 0
+
+
+async def test_unannounced_blocks_are_computed_here(pair: Pair) -> None:
+    await pair.to_decode.send(submit_split(1, PROMPT, MAX_TOKENS))
+    await pair.to_decode.next(1, "accepted")
+    await pair.fetch(pair.agent.address)
+    await pair.give_first_token(EXPECTED[0])
+    token_ids, _ = await pair.to_decode.rest(1)
+    assert token_ids == EXPECTED[1:]
+
+
+async def test_source_that_is_gone_is_computed_here(pair: Pair) -> None:
+    await pair.to_decode.send(submit_split(1, PROMPT, MAX_TOKENS))
+    await pair.to_decode.next(1, "accepted")
+    await pair.fetch("127.0.0.1:1")
+    await pair.give_first_token(EXPECTED[0])
+    token_ids, _ = await pair.to_decode.rest(1)
+    assert token_ids == EXPECTED[1:]
+
+
+async def test_compute_locally_before_any_word_samples_the_first_token_here(pair: Pair) -> None:
+    await pair.to_decode.send(submit_split(1, PROMPT, MAX_TOKENS))
+    await pair.compute_locally()
+    await pair.to_decode.next(1, "accepted")
+    token_ids, _ = await pair.to_decode.rest(1)
+    assert token_ids == EXPECTED
+
+
+async def test_compute_locally_keeps_what_has_arrived(pair: Pair) -> None:
+    pair.prefill.thread.pause()
+    await pair.fetch(await pair.submit())
+    pair.prefill.thread.step_once()  # 16 tokens: 4 blocks
+    await until(lambda: pair.agent.store.table.audit().num_sealed == 4)
+    await until(lambda: pair.decode.engine.kv_cache.storage.any(axis=1).sum() == 4)
+    await pair.compute_locally()
+    token_ids, ended = await pair.to_decode.rest(1)
+    assert token_ids == EXPECTED
+    assert 0 < ended.num_cached_tokens <= 16
+    await pair.cancel_prefill()
+    pair.prefill.thread.go()
+    _, ended = await pair.to_prefill.rest(1)
+    assert ended.finish_reason == messages_pb2.FINISH_REASON_CANCELLED
+
+
+async def test_prefill_that_gives_up_leaves_the_rest_to_decode(pair: Pair) -> None:
+    pair.prefill.thread.pause()
+    await pair.fetch(await pair.submit())
+    pair.prefill.thread.step_once()
+    await until(lambda: pair.agent.store.table.audit().num_sealed == 4)
+    await pair.cancel_prefill()
+    pair.prefill.thread.go()
+    await pair.to_prefill.rest(1)
+    await pair.give_first_token(EXPECTED[0])
+    token_ids, ended = await pair.to_decode.rest(1)
+    assert token_ids == EXPECTED[1:]
+    assert ended.num_cached_tokens == 16
+
+
+@pytest.mark.parametrize("has_fetched", [False, True])
+async def test_first_token_that_never_comes_ends_with_deadline(agent: Agent, has_fetched: bool) -> None:
+    async with (
+        running_decode(agent, handover_timeout_seconds=0.1) as decode,
+        decode_stream(decode) as stream,
+    ):
+        await stream.send(submit_split(1, PROMPT))
+        await stream.next(1, "accepted")
+        if has_fetched:
+            fetch_kv = decode_pb2.FetchKv(source_agent_address=agent.address)
+            await stream.send(decode_pb2.DecodeCommand(handle=1, fetch_kv=fetch_kv))
+        _, ended = await stream.rest(1)
+        assert ended.error.code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
+
+
+async def test_deadline_reaches_both_sides(pair: Pair) -> None:
+    pair.prefill.thread.pause()
+    await pair.fetch(await pair.submit(timeout_ms=200))
+    _, ended = await pair.to_decode.rest(1)
+    assert ended.error.code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
+    await until(lambda: len(pair.prefill.thread._commands) == 2)  # submit, abort
+    pair.prefill.thread.go()
+    _, ended = await pair.to_prefill.rest(1)
+    assert ended.error.code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
+
+
+async def test_cancelled_prefill_lets_the_copy_end_first(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    copying, go_on = threading.Event(), threading.Event()
+    aborts: list[str] = []
+    cache = pair.prefill.engine.kv_cache
+    real_view = cache.checksum_view
+
+    def slow_view(block_id: int) -> Any:
+        copying.set()
+        assert go_on.wait(10)
+        assert not aborts, "the engine was told before the copy had ended"
+        return real_view(block_id)
+
+    def abort(request_id: str) -> None:
+        aborts.append(request_id)
+        real_abort(request_id)
+
+    real_abort = pair.prefill.thread.abort
+    monkeypatch.setattr(cache, "checksum_view", slow_view)
+    monkeypatch.setattr(pair.prefill.thread, "abort", abort)
+    pair.prefill.thread.pause()
+    await pair.submit()
+    pair.prefill.thread.step_once()
+    await until(copying.is_set)
+    await pair.cancel_prefill()
+    request = next(iter(pair.prefill.worker._listeners.values()))
+    await until(lambda: request._is_cancelled)  # type: ignore[attr-defined]  # looked into
+    assert not aborts
+    go_on.set()
+    await until(lambda: bool(aborts))
+    pair.prefill.thread.go()
+    _, ended = await pair.to_prefill.rest(1)
+    assert ended.finish_reason == messages_pb2.FINISH_REASON_CANCELLED
+    await pair.cancel_decode()
+    await pair.to_decode.rest(1)
+
+
+@pytest.mark.parametrize("stage", ["accepted", "fetching", "arrived", "decoding"])
+async def test_cancelled_decode_ends_once_at_any_stage(pair: Pair, stage: str) -> None:
+    if stage == "fetching":
+        pair.prefill.thread.pause()
+    address = await pair.submit()
+    if stage != "accepted":
+        await pair.fetch(address)
+    if stage == "arrived":
+        await until(lambda: pair.agent.store.table.audit().num_sealed == NUM_BLOCKS)
+        await until(lambda: pair.agent.store.table.audit().num_readers == 0)
+    if stage == "decoding":
+        await pair.relay_first_token()
+    await pair.cancel_decode()
+    await pair.cancel_decode()
+    token_ids, ended = await pair.to_decode.rest(1)
+    if ended.finish_reason == messages_pb2.FINISH_REASON_LENGTH:
+        assert stage == "decoding" and token_ids == EXPECTED[1:]
+    else:
+        assert ended.finish_reason == messages_pb2.FINISH_REASON_CANCELLED
+    await pair.cancel_prefill()
+    pair.prefill.thread.go()
+    await pair.to_prefill.rest(1)
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 2])
+async def test_routers_that_leave_free_everything(agent: Agent, num_steps: int) -> None:
+    async with running_prefill(agent) as prefill, running_decode(agent) as decode:
+        prefill.thread.pause()
+        async with prefill_stream(prefill) as to_prefill, decode_stream(decode) as to_decode:
+            pair = Pair(agent, prefill, decode, to_prefill, to_decode)
+            await pair.fetch(await pair.submit())
+            for _ in range(num_steps):
+                prefill.thread.step_once()
+        prefill.thread.go()
+        await until(lambda: not (prefill.worker.num_requests or decode.worker.num_requests))
+        await until(lambda: is_unused(agent))
+
+
+async def test_prefill_cancelled_while_it_announces_computes_nothing(pair: Pair) -> None:
+    await pair.to_prefill.send(submit_prefill(1, PROMPT))
+    await pair.cancel_prefill()
+    await pair.to_prefill.rest(1)
+
+
+async def test_agent_that_is_gone_fails_prefill_and_not_decode(tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        agent = await stack.enter_async_context(running_agent(tmp_path))
+        async with running_prefill(agent) as prefill, running_decode(agent) as decode:
+            await stack.aclose()
+            async with prefill_stream(prefill) as to_prefill, decode_stream(decode) as to_decode:
+                await to_prefill.send(submit_prefill(1, PROMPT))
+                _, ended = await to_prefill.rest(1)
+                assert ended.error.code == grpc.StatusCode.UNAVAILABLE.value[0]
+                await to_decode.send(submit_split(1, PROMPT, MAX_TOKENS))
+                await to_decode.next(1, "accepted")
+                fetch_kv = decode_pb2.FetchKv(source_agent_address=agent.address)
+                await to_decode.send(decode_pb2.DecodeCommand(handle=1, fetch_kv=fetch_kv))
+                await to_decode.send(decode_pb2.DecodeCommand(handle=1, compute_locally=decode_pb2.ComputeLocally()))
+                token_ids, _ = await to_decode.rest(1)
+                assert token_ids == EXPECTED
+
+
+async def test_other_requests_step_while_one_waits_for_its_blocks(pair: Pair) -> None:
+    await pair.to_decode.send(submit_split(1, PROMPT))
+    await pair.to_decode.next(1, "accepted")
+    await pair.to_decode.send(submit_decode(2, [9, 9, 9], MAX_TOKENS))
+    token_ids, _ = await pair.to_decode.rest(2)
+    assert token_ids == continuation([9, 9, 9], MAX_TOKENS)
+    await pair.cancel_decode()
+    await pair.to_decode.rest(1)
+
+
+async def test_ticket_without_agent_is_refused() -> None:
+    async with running_local_decode() as running, decode_stream(running) as stream:
+        await stream.send(submit_split(1, PROMPT))
+        _, ended = await stream.rest(1)
+        assert ended.error.code == grpc.StatusCode.FAILED_PRECONDITION.value[0]
