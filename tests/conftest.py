@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
-from tests.support.tiny_models import TinyModels
+if TYPE_CHECKING:
+    from tests.support.tiny_models import TinyModels
 
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     """Tiny random checkpoints, made when first asked for."""
+    from tests.support.tiny_models import TinyModels  # imports torch, which many tests do without
+
     return TinyModels(tmp_path_factory.mktemp("tiny-models"))

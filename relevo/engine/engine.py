@@ -184,10 +184,11 @@ class Engine:
     def _measure(self, output: SchedulerOutput, seconds: float) -> None:
         if not output.scheduled:
             return
-        if output.num_scheduled_tokens > len(output.scheduled):
+        # Chunks worth the name: the tail of a split request is a handful of rows and says nothing about a prompt's speed.
+        if output.num_scheduled_tokens >= len(output.scheduled) + 2 * self.info.block_size:
             rate = output.num_scheduled_tokens / seconds
             self._prefill_tokens_per_second = _mean(self._prefill_tokens_per_second, rate)
-        else:
+        elif output.num_scheduled_tokens == len(output.scheduled):
             self._step_seconds = _mean(self._step_seconds, seconds)
 
     def _warm_up(self, kernels: Kernels, dtype: torch.dtype) -> None:

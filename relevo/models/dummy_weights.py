@@ -29,8 +29,9 @@ def dummy_state_dict(skeleton: nn.Module, seed: int) -> dict[str, Tensor]:
             continue
         seen.add(id(tensor))
         if tensor.dim() >= 2 and tensor.is_floating_point():
-            source = pools.setdefault(tensor.dtype, pool.to(tensor.dtype))
-            weights[name] = _cut(source, tensor.shape, _offset(name))
+            if tensor.dtype not in pools:
+                pools[tensor.dtype] = pool.to(tensor.dtype)
+            weights[name] = _cut(pools[tensor.dtype], tensor.shape, _offset(name))
         else:
             value = 1 if name.endswith("weight") else 0
             weights[name] = torch.full(tensor.shape, value, dtype=tensor.dtype)

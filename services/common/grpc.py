@@ -23,6 +23,7 @@ MAX_MESSAGE_BYTES = 1 << 20
 _KEEPALIVE: list[tuple[str, Any]] = [
     ("grpc.keepalive_time_ms", 4000),
     ("grpc.keepalive_timeout_ms", 4000),
+    ("grpc.http2.ping_timeout_ms", 4000),  # else one lost ping of gRPC's own keeps a dead peer alive for a minute
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]

@@ -47,6 +47,7 @@ class Handover:
         self._copier = copier
         self._first = first
         self._num_done = first
+        self._is_stopped = asyncio.Event()
         self.num_present_blocks = self._count_present()
 
     def _count_present(self) -> int:
@@ -79,10 +80,19 @@ class Handover:
             await publication.seal([(index, checksum) for (index, _), checksum in zip(part, checksums, strict=True)])
 
     async def keep_alive(self) -> None:
-        """Runs beside the computing: a request that waits must not lose its slots. Raises if the agent is gone."""
-        while self._publication is not None:
-            await asyncio.sleep(KEEP_ALIVE_SECONDS)
-            await self._publication.seal([])
+        """Runs beside the computing: a request that waits must not lose its slots. Raises if the agent is gone.
+
+        Ends with stop(), not by being cancelled: an exchange with the agent that is cut short would spoil the next.
+        """
+        while self._publication is not None and not self._is_stopped.is_set():
+            try:
+                async with asyncio.timeout(KEEP_ALIVE_SECONDS):
+                    await self._is_stopped.wait()
+            except TimeoutError:
+                await self._publication.seal([])
+
+    def stop(self) -> None:
+        self._is_stopped.set()
 
     def _copy(self, publication: Publication, blocks: Sequence[tuple[int, int]]) -> list[int]:
         """In a thread. Returns the checksums, made from the engine's own bytes."""

@@ -123,11 +123,11 @@ class PrefillRequest:
             self._is_submitted = True
             self._worker.submit(request)
             async with asyncio.TaskGroup() as tasks:
-                keep_alive = tasks.create_task(handover.keep_alive())
+                tasks.create_task(handover.keep_alive())
                 if request.await_kv:
                     await self._take_present(names[: handover.num_present_blocks])
                 await self._compute(handover)
-                keep_alive.cancel()
+                handover.stop()
 
     async def _compute(self, handover: Handover) -> None:
         """Hand over what each step has computed, until the engine is through and all of it is sealed."""

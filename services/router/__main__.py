@@ -38,7 +38,7 @@ async def serve(settings: RouterSettings, process: Process) -> None:
         api_key=settings.api_key.get_secret_value() if settings.api_key is not None else None,
         max_body_bytes=settings.max_body_bytes,
     )
-    app = create_app(edge, tokenizer, defaults, FleetDispatcher(fleet), registry=registry)
+    app = create_app(edge, tokenizer, defaults, FleetDispatcher(fleet, defaults.eos_token_ids), registry=registry)
 
     process.spawn(fleet.run(), "fleet")
     await server.start()

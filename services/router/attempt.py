@@ -27,11 +27,13 @@ class Job:
     """What an attempt needs of the request.
 
     time_left_ms: of its deadline now, at least 1; 0 = it has none
+    stop_token_ids: the request's own, and EOS unless it is to be ignored
     """
 
     request: messages_pb2.GenerationRequest
     inbox: RequestInbox
     time_left_ms: Callable[[], int]
+    stop_token_ids: frozenset[int]
 
 
 class Attempt(Protocol):

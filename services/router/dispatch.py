@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Iterable
 
 from relevo.core.block_hash import BlockHash, hash_blocks, root_hash
 from relevo.core.errors import Cancelled, DeadlineExceeded, Exhausted, InvalidRequest, RelevoError, Unavailable
@@ -26,13 +27,17 @@ DEFAULT_RETRY_AFTER_SECONDS = 1.0
 class FleetDispatcher:
     """The Dispatcher over a fleet of workers."""
 
-    def __init__(self, fleet: Fleet, costs: CostModel | None = None) -> None:
+    def __init__(self, fleet: Fleet, eos_token_ids: Iterable[int] = (), costs: CostModel | None = None) -> None:
         self._fleet = fleet
+        self._eos_token_ids = frozenset(eos_token_ids)
         self._costs = costs or CostModel()
 
     def generate(self, request: messages_pb2.GenerationRequest) -> RoutedGeneration:
         """Its deadline starts now, if it has one; nothing else does before the first __anext__."""
-        return RoutedGeneration(self._fleet, self._costs, request)
+        stop_token_ids = frozenset(request.sampling.stop_token_ids)
+        if not request.sampling.ignore_eos:
+            stop_token_ids |= self._eos_token_ids
+        return RoutedGeneration(self._fleet, self._costs, request, stop_token_ids)
 
     def model(self) -> ServedModel | None:
         return self._fleet.model()
@@ -68,11 +73,18 @@ class RoutedGeneration:
     placement: why the workers are those they are; None before the start
     """
 
-    def __init__(self, fleet: Fleet, costs: CostModel, request: messages_pb2.GenerationRequest) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        costs: CostModel,
+        request: messages_pb2.GenerationRequest,
+        stop_token_ids: frozenset[int],
+    ) -> None:
         self.placement: Placement | None = None
         self._fleet = fleet
         self._costs = costs
         self._request = request
+        self._stop_token_ids = stop_token_ids
         self._prompt = Prompt(request)
         self._inbox: RequestInbox = Inbox()
         self._attempt: Attempt | None = None
@@ -140,7 +152,7 @@ class RoutedGeneration:
         self.placement = placement
         best = placement.best
         logger.debug("placed: %s", best, extra={"request_id": self._request.request_id})
-        job = Job(self._request, self._inbox, self._time_left_ms)
+        job = Job(self._request, self._inbox, self._time_left_ms, self._stop_token_ids)
         decode = self._fleet.worker(DECODE, best.decode)
         if best.prefill is None:
             return DirectAttempt(job, decode, best.num_uncached_tokens)

@@ -15,9 +15,11 @@ from collections.abc import Sequence
 from typing import assert_never
 
 from relevo.core.errors import RelevoError, Unavailable
+from relevo.core.request import FinishReason
 from services.pb import decode_pb2, messages_pb2, prefill_pb2
 from services.router.attempt import Event, Job, decode_events, end_event, tokens_event
 from services.router.connection import WorkerConnection
+from services.router.generation import EndEvent
 from services.router.request_stream import Update, WorkerCall
 
 logger = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ class SplitAttempt:
         self._decode_call: WorkerCall | None = None
         self._prefill_call: WorkerCall | None = None
         self._awaits_prefill = False  # submitted there, and neither Ended nor given up
-        self._has_first_token = False
+        self._first_token_id: int | None = None
         self._num_cached_tokens = 0  # at decode, or at prefill if that is more
         # While prefill has not said whether the first token was the last: decode's updates wait here. There are few:
         # decode starts when the last block was sealed, which is when prefill says it.
@@ -103,9 +105,9 @@ class SplitAttempt:
             case "announced":
                 fetch = decode_pb2.FetchKv(source_agent_address=update.announced.agent_address)
                 self._tell_decode(decode_pb2.DecodeCommand(fetch_kv=fetch))
-            case "first_token" if not self._has_first_token:
-                self._has_first_token = True
-                first = decode_pb2.FirstToken(token_id=update.first_token.token_ids[0])
+            case "first_token" if self._first_token_id is None:
+                self._first_token_id = update.first_token.token_ids[0]
+                first = decode_pb2.FirstToken(token_id=self._first_token_id)
                 self._tell_decode(decode_pb2.DecodeCommand(first_token=first))
                 return (tokens_event(update.first_token),)
             case "ended":
@@ -117,12 +119,11 @@ class SplitAttempt:
             end = end_event(ended, max(self._num_cached_tokens, ended.num_cached_tokens))
         except RelevoError as error:
             return self._go_on_without_prefill(error)
-        if not self._has_first_token:
+        if self._first_token_id is None:
             return self._go_on_without_prefill(Unavailable("it ended the request without a first token"))
         self._num_cached_tokens = end.num_cached_tokens
         # LENGTH means that more may follow, unless one token was all that was asked for.
         if ended.finish_reason == messages_pb2.FINISH_REASON_STOP or self._job.request.sampling.max_tokens == 1:
-            self._held.clear()
             return (end,)
         return self._release_held()
 
@@ -135,6 +136,12 @@ class SplitAttempt:
         )
         if self._prefill_call is not None:
             self._prefill_call.cancel()
+        if self._first_token_id is not None:
+            # Decode takes it that a token from elsewhere did not end the request: prefill would have said so.
+            if self._first_token_id in self._job.stop_token_ids:
+                return (EndEvent(FinishReason.STOP, self._num_cached_tokens),)
+            if self._job.request.sampling.max_tokens == 1:
+                return (EndEvent(FinishReason.LENGTH, self._num_cached_tokens),)
         self._compute_locally()
         return self._release_held()
 

@@ -160,8 +160,8 @@ async def _watch(receive: Receive) -> None:
 
 def _cause(failed: ExceptionGroup[Exception]) -> Exception:
     """That the client left explains all other errors; else the first one counts."""
-    errors = [error for error in failed.exceptions if not isinstance(error, ExceptionGroup)]
-    return next((error for error in errors if isinstance(error, _ClientLeft)), errors[0])
+    left = (error for error in failed.exceptions if isinstance(error, _ClientLeft))
+    return next(left, failed.exceptions[0])
 
 
 def _events(payloads: Iterable[Mapping[str, Any]]) -> bytes:

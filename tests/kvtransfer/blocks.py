@@ -29,9 +29,9 @@ def block_data(label: object) -> bytes:
     return hashlib.shake_128(repr(label).encode()).digest(BLOCK_BYTES)
 
 
-async def until(condition: Callable[[], bool]) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
     """Wait for what will soon be so. Fails if it does not come."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110  # the agent has no event for it: it is looked at from outside
             await asyncio.sleep(0.005)
 

@@ -19,7 +19,17 @@ import pytest
 from relevo.core.errors import RelevoError, Unavailable
 from services.kvtransfer.client import KvAgentClient, read_block
 
-from .blocks import BLOCK_BYTES, NUM_SLOTS, fetch_all, names, publish_all, until_readers, until_unused, write_and_seal
+from .blocks import (
+    BLOCK_BYTES,
+    NUM_SLOTS,
+    fetch_all,
+    names,
+    publish_all,
+    until,
+    until_readers,
+    until_unused,
+    write_and_seal,
+)
 from .conftest import Connect, SpawnAgent, StartAgent
 
 ABORTED = grpc.StatusCode.ABORTED.value[0]
@@ -78,6 +88,17 @@ async def test_killed_readers_pins_are_gone(start: StartAgent, connect: Connect)
         assert (await client.audit()).num_pinned == 1
         reader.kill()
         await until_unused(agent)
+
+
+async def test_hung_readers_pins_are_gone_within_seconds(start: StartAgent, connect: Connect) -> None:
+    """It neither answers pings nor closes its connection; pin_seconds alone would take a minute."""
+    agent = await start()
+    client = await connect(agent.address)
+    await publish_all(client, "a")
+    with worker("fetch", agent.address, "a") as reader:
+        assert await line_of(reader) == "good 1"
+        os.kill(reader.pid, signal.SIGSTOP)
+        await until(lambda: not agent.store.table.audit().num_pinned, seconds=20)
 
 
 async def test_dead_agent_is_unavailable_at_once(spawn: SpawnAgent, connect: Connect) -> None:

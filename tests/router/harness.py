@@ -17,12 +17,13 @@ from tests.support.fake_sessions import Journal
 from tests.support.fake_workers import FINGERPRINT, FakeDecode, FakePrefill, FakeWorker
 
 BLOCK_SIZE = 4
+EOS = 860  # what the fake model says first to the prompt 1, 2, … 40
 
 
 class Harness:
     def __init__(self, fleet: Fleet, workers: Sequence[FakeWorker], journal: Journal) -> None:
         self.fleet = fleet
-        self.dispatcher = FleetDispatcher(fleet)
+        self.dispatcher = FleetDispatcher(fleet, eos_token_ids=[EOS])
         self.workers = {worker.worker_id: worker for worker in workers}
         self.journal = journal
 

@@ -10,7 +10,7 @@ from relevo.core.errors import DeadlineExceeded, Exhausted, InvalidRequest, Rele
 from relevo.core.request import FinishReason
 from services.pb import messages_pb2
 from services.router.generation import TokensEvent
-from tests.router.harness import collect, make_request, names_of, running, until
+from tests.router.harness import EOS, collect, make_request, names_of, running, until
 from tests.support.fake_workers import answer, full
 
 pytestmark = pytest.mark.timeout(20)
@@ -107,10 +107,34 @@ async def test_prefill_failure_at_any_stage_loses_and_repeats_no_token(stage: st
             behaviour.refuse = full()
         else:
             behaviour.fail[stage] = Unavailable("broken")
-        tokens, end = await collect(harness.generate(40))
-        assert tokens == answer(make_request(40))
+        tokens, end = await collect(harness.generate(40, first=2))
+        assert tokens == answer(make_request(40, first=2))
         assert end.finish_reason is FinishReason.LENGTH
         assert "decode-0 compute_locally" in harness.journal.names()
+
+
+@pytest.mark.parametrize(
+    ("first", "max_tokens", "reason"), [(1, 6, FinishReason.STOP), (2, 1, FinishReason.LENGTH), (2, 6, None)]
+)
+async def test_prefill_that_dies_after_a_last_token_leaves_it_the_last(
+    first: int, max_tokens: int, reason: FinishReason | None
+) -> None:
+    """Decode cannot know that the first token, EOS or the only one asked for, was the last."""
+    async with running("prefill-0", "decode-0") as harness:
+        assert answer(make_request(40))[0] == EOS
+        harness["prefill-0"].behaviour.die_at = "end"
+        gate = harness["decode-0"].behaviour.gates["tokens"] = asyncio.Event()
+        generation = harness.generate(40, first=first, max_tokens=max_tokens)
+        event = await anext(generation)
+        assert isinstance(event, TokensEvent)
+        if reason is None:
+            gate.set()
+            tokens, end = await collect(generation)
+            assert [*event.token_ids, *tokens] == answer(make_request(40, first=first))
+        else:
+            tokens, end = await collect(generation)
+            assert (tokens, end.finish_reason) == ([], reason)
+            await harness.journal.wait("decode-0", "cancel")
 
 
 async def test_decode_that_has_all_blocks_is_told_to_go_on_without_prefill() -> None:

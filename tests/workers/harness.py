@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import grpc.aio
 
@@ -30,6 +30,7 @@ from services.pb import (
 )
 from services.prefill.servicer import PrefillServicer
 from services.worker.config import WorkerSettings
+from services.worker.ports import EnginePort
 from services.worker.receiving import BlockReceiver
 from services.worker.servicer import WorkerServicer
 from services.worker.worker import Worker
@@ -37,6 +38,10 @@ from tests.support.fake_engine import FakeEngine, FakeEngineThread
 
 TIMEOUT_SECONDS = 10.0
 CommandT = TypeVar("CommandT", decode_pb2.DecodeCommand, prefill_pb2.PrefillCommand)
+
+
+class HasChannel(Protocol):
+    channel: grpc.aio.Channel
 
 
 @dataclass
@@ -65,45 +70,51 @@ def make_settings(**values: Any) -> WorkerSettings:
 
 
 @asynccontextmanager
-async def running_worker(
-    engine: FakeEngine, make_registration: Callable[[Worker], Registration], **settings: Any
-) -> AsyncIterator[RunningWorker]:
-    worker = Worker(make_settings(**settings), engine, FakeEngineThread)
-    thread = worker.thread
-    assert isinstance(thread, FakeEngineThread)
-    thread.start()
+async def serving(
+    worker: Worker, make_registration: Callable[[Worker], Registration]
+) -> AsyncIterator[grpc.aio.Channel]:
+    """A worker's engine thread, tasks and server; a channel to it."""
+    worker.thread.start()
     requests = asyncio.create_task(worker.run())
-    info = worker_pb2.WorkerInfo(worker_id="w", block_size=engine.info.block_size)
+    info = worker_pb2.WorkerInfo(worker_id="w", block_size=worker.engine.info.block_size)
     identity = Registration(
         worker_pb2_grpc.add_WorkerServicer_to_server, WorkerServicer(info, worker.block_events), "relevo.v1.Worker"
     )
     server = make_server([make_registration(worker), identity], "127.0.0.1", 0)
     await server.start()
     channel = make_channel(server.address)
-    running = RunningWorker(worker, engine, thread, channel)
     try:
-        yield running
-        if running.is_expected_clean:
-            await running.settle()
+        yield channel
     finally:
         worker.block_events.close()
         await channel.close()
         await server.stop(0)
         requests.cancel()
         await asyncio.wait((requests,))
-        await thread.stop()
+        await worker.thread.stop()
         worker.copier.close()
+
+
+@asynccontextmanager
+async def running_worker(
+    engine: FakeEngine, make_registration: Callable[[Worker], Registration], **settings: Any
+) -> AsyncIterator[RunningWorker]:
+    worker = Worker(make_settings(**settings), engine, FakeEngineThread)
+    thread = worker.thread
+    assert isinstance(thread, FakeEngineThread)
+    async with serving(worker, make_registration) as channel:
+        running = RunningWorker(worker, engine, thread, channel)
+        yield running
+        if running.is_expected_clean:
+            await running.settle()
 
 
 @asynccontextmanager
 async def running_local_decode(engine: FakeEngine | None = None, **settings: Any) -> AsyncIterator[RunningWorker]:
     """A decode worker without an agent."""
-
-    def registration(worker: Worker) -> Registration:
-        servicer = DecodeServicer(worker, None)
-        return Registration(decode_pb2_grpc.add_DecodeServiceServicer_to_server, servicer, "relevo.v1.DecodeService")
-
-    async with running_worker(engine or FakeEngine(), registration, **settings) as running:
+    async with running_worker(
+        engine or FakeEngine(), lambda worker: decode_registration(worker, None), **settings
+    ) as running:
         yield running
 
 
@@ -127,7 +138,7 @@ def is_unused(agent: Agent) -> bool:
 
 
 @asynccontextmanager
-async def attached(agent: Agent, engine: FakeEngine, worker_id: str) -> AsyncIterator[KvAgentClient]:
+async def attached(agent: Agent, engine: EnginePort, worker_id: str) -> AsyncIterator[KvAgentClient]:
     client = KvAgentClient(agent.address, worker_id, "incarnation")
     try:
         await client.attach(engine.info.fingerprint, engine.info.block_bytes)
@@ -141,12 +152,10 @@ async def running_decode(
     agent: Agent, engine: FakeEngine | None = None, **settings: Any
 ) -> AsyncIterator[RunningWorker]:
     engine = engine or FakeEngine()
-
-    def registration(worker: Worker) -> Registration:
-        servicer = DecodeServicer(worker, BlockReceiver(client, worker))
-        return Registration(decode_pb2_grpc.add_DecodeServiceServicer_to_server, servicer, "relevo.v1.DecodeService")
-
-    async with attached(agent, engine, "d") as client, running_worker(engine, registration, **settings) as running:
+    async with (
+        attached(agent, engine, "d") as client,
+        running_worker(engine, lambda worker: decode_registration(worker, client), **settings) as running,
+    ):
         yield running
 
 
@@ -155,14 +164,22 @@ async def running_prefill(
     agent: Agent, engine: FakeEngine | None = None, **settings: Any
 ) -> AsyncIterator[RunningWorker]:
     engine = engine or FakeEngine()
-
-    def registration(worker: Worker) -> Registration:
-        servicer = PrefillServicer(worker, client, BlockReceiver(client, worker))
-        add = prefill_pb2_grpc.add_PrefillServiceServicer_to_server
-        return Registration(add, servicer, "relevo.v1.PrefillService")
-
-    async with attached(agent, engine, "p") as client, running_worker(engine, registration, **settings) as running:
+    async with (
+        attached(agent, engine, "p") as client,
+        running_worker(engine, lambda worker: prefill_registration(worker, client), **settings) as running,
+    ):
         yield running
+
+
+def decode_registration(worker: Worker, client: KvAgentClient | None) -> Registration:
+    servicer = DecodeServicer(worker, BlockReceiver(client, worker) if client is not None else None)
+    return Registration(decode_pb2_grpc.add_DecodeServiceServicer_to_server, servicer, "relevo.v1.DecodeService")
+
+
+def prefill_registration(worker: Worker, client: KvAgentClient) -> Registration:
+    servicer = PrefillServicer(worker, client, BlockReceiver(client, worker))
+    add = prefill_pb2_grpc.add_PrefillServiceServicer_to_server
+    return Registration(add, servicer, "relevo.v1.PrefillService")
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -177,6 +194,7 @@ class RouterStream(Generic[CommandT]):
 
     def __init__(self, call: Any) -> None:
         self.call = call
+        self._sending = asyncio.Lock()
         self.num_messages = 0
         self.load: messages_pb2.Load | None = None
         self._updates: defaultdict[int, asyncio.Queue[Any]] = defaultdict(asyncio.Queue)
@@ -184,7 +202,8 @@ class RouterStream(Generic[CommandT]):
         self._task = asyncio.create_task(self._read())
 
     async def send(self, command: CommandT) -> None:
-        await self.call.write(command)
+        async with self._sending:  # gRPC takes one write at a time
+            await self.call.write(command)
 
     async def next(self, handle: int, kind: str) -> Any:
         """The handle's next update, which must be of this kind."""
@@ -239,7 +258,7 @@ class RouterStream(Generic[CommandT]):
 
 
 @asynccontextmanager
-async def decode_stream(running: RunningWorker) -> AsyncIterator[RouterStream[decode_pb2.DecodeCommand]]:
+async def decode_stream(running: HasChannel) -> AsyncIterator[RouterStream[decode_pb2.DecodeCommand]]:
     stub: Any = decode_pb2_grpc.DecodeServiceStub(running.channel)
     stream: RouterStream[decode_pb2.DecodeCommand] = RouterStream(stub.Generate())
     try:
@@ -249,7 +268,7 @@ async def decode_stream(running: RunningWorker) -> AsyncIterator[RouterStream[de
 
 
 @asynccontextmanager
-async def prefill_stream(running: RunningWorker) -> AsyncIterator[RouterStream[prefill_pb2.PrefillCommand]]:
+async def prefill_stream(running: HasChannel) -> AsyncIterator[RouterStream[prefill_pb2.PrefillCommand]]:
     stub: Any = prefill_pb2_grpc.PrefillServiceStub(running.channel)
     stream: RouterStream[prefill_pb2.PrefillCommand] = RouterStream(stub.Prefill())
     try:

@@ -13,10 +13,9 @@ import grpc
 import pytest
 
 from services.kvtransfer.agent import Agent
-from services.pb import decode_pb2, messages_pb2, prefill_pb2
+from services.pb import decode_pb2, messages_pb2
 from tests.support.fake_engine import FakeEngine, continuation
 from tests.workers.harness import (
-    RouterStream,
     RunningWorker,
     decode_stream,
     is_unused,
@@ -30,6 +29,7 @@ from tests.workers.harness import (
     submit_split,
     until,
 )
+from tests.workers.pair import Pair
 
 BLOCK_SIZE = 4
 PROMPT = list(range(1, 31))  # 7 full blocks and 2 tokens
@@ -39,58 +39,12 @@ EXPECTED = continuation(PROMPT, MAX_TOKENS)
 
 
 @dataclass
-class Pair:
-    """A prefill and a decode worker with streams from one router."""
+class FakePair(Pair):
+    """With what tests look into."""
 
     agent: Agent
     prefill: RunningWorker
     decode: RunningWorker
-    to_prefill: RouterStream[prefill_pb2.PrefillCommand]
-    to_decode: RouterStream[decode_pb2.DecodeCommand]
-
-    async def submit(self, handle: int = 1, prompt: list[int] = PROMPT, **fields: Any) -> str:
-        """Both submits; returns where the blocks are announced."""
-        await self.to_decode.send(submit_split(handle, prompt, MAX_TOKENS, **fields))
-        accepted = await self.to_decode.next(handle, "accepted")
-        await self.to_prefill.send(
-            submit_prefill(handle, prompt, MAX_TOKENS, num_blocks_at_decode=accepted.num_cached_blocks, **fields)
-        )
-        announced = await self.to_prefill.next(handle, "announced")
-        return str(announced.agent_address)
-
-    async def fetch(self, address: str, handle: int = 1) -> None:
-        fetch_kv = decode_pb2.FetchKv(source_agent_address=address)
-        await self.to_decode.send(decode_pb2.DecodeCommand(handle=handle, fetch_kv=fetch_kv))
-
-    async def relay_first_token(self, handle: int = 1) -> int:
-        first = await self.to_prefill.next(handle, "first_token")
-        token_id = int(first.token_ids[0])
-        await self.give_first_token(token_id, handle)
-        return token_id
-
-    async def give_first_token(self, token_id: int, handle: int = 1) -> None:
-        first_token = decode_pb2.FirstToken(token_id=token_id)
-        await self.to_decode.send(decode_pb2.DecodeCommand(handle=handle, first_token=first_token))
-
-    async def compute_locally(self, handle: int = 1) -> None:
-        local = decode_pb2.ComputeLocally()
-        await self.to_decode.send(decode_pb2.DecodeCommand(handle=handle, compute_locally=local))
-
-    async def cancel_decode(self, handle: int = 1) -> None:
-        await self.to_decode.send(decode_pb2.DecodeCommand(handle=handle, cancel=decode_pb2.CancelDecode()))
-
-    async def cancel_prefill(self, handle: int = 1) -> None:
-        await self.to_prefill.send(prefill_pb2.PrefillCommand(handle=handle, cancel=prefill_pb2.CancelPrefill()))
-
-    async def serve(self, handle: int = 1, prompt: list[int] = PROMPT) -> list[int]:
-        """A whole request, as the router drives it; its tokens."""
-        await self.fetch(await self.submit(handle, prompt), handle)
-        first = await self.relay_first_token(handle)
-        _, prefilled = await self.to_prefill.rest(handle)
-        assert prefilled.finish_reason == messages_pb2.FINISH_REASON_LENGTH
-        token_ids, ended = await self.to_decode.rest(handle)
-        assert ended.finish_reason == messages_pb2.FINISH_REASON_LENGTH
-        return [first, *token_ids]
 
 
 @pytest.fixture
@@ -100,23 +54,23 @@ async def agent(tmp_path: Path) -> AsyncIterator[Agent]:
 
 
 @pytest.fixture
-async def pair(agent: Agent) -> AsyncIterator[Pair]:
+async def pair(agent: Agent) -> AsyncIterator[FakePair]:
     async with AsyncExitStack() as stack:
         prefill = await stack.enter_async_context(running_prefill(agent))
         decode = await stack.enter_async_context(running_decode(agent))
         to_prefill = await stack.enter_async_context(prefill_stream(prefill))
         to_decode = await stack.enter_async_context(decode_stream(decode))
-        yield Pair(agent, prefill, decode, to_prefill, to_decode)
+        yield FakePair(to_prefill, to_decode, agent, prefill, decode)
 
 
-async def test_split_gives_the_tokens_of_one_engine_and_computes_the_prompt_once(pair: Pair) -> None:
-    assert await pair.serve() == EXPECTED
+async def test_split_gives_the_tokens_of_one_engine_and_computes_the_prompt_once(pair: FakePair) -> None:
+    assert await pair.serve(1, PROMPT) == EXPECTED
     assert pair.prefill.engine.num_computed_tokens == len(PROMPT)
     # Decode computes the tail, and every token but the last.
     assert pair.decode.engine.num_computed_tokens == len(PROMPT) - NUM_BLOCKS * BLOCK_SIZE + MAX_TOKENS - 1
 
 
-async def test_many_split_requests_at_once(pair: Pair) -> None:
+async def test_many_split_requests_at_once(pair: FakePair) -> None:
     prompts = {handle: [handle + 1, *PROMPT] for handle in range(6)}
     addresses = {handle: await pair.submit(handle, prompt) for handle, prompt in prompts.items()}
     for handle, address in addresses.items():
@@ -127,8 +81,8 @@ async def test_many_split_requests_at_once(pair: Pair) -> None:
         assert [first, *token_ids] == continuation(prompt, MAX_TOKENS)
 
 
-async def test_next_turn_transfers_only_what_decode_lacks(pair: Pair) -> None:
-    await pair.serve()
+async def test_next_turn_transfers_only_what_decode_lacks(pair: FakePair) -> None:
+    await pair.serve(1, PROMPT)
     prompt = PROMPT + EXPECTED + [7] * 10
     assert await pair.serve(2, prompt) == continuation(prompt, MAX_TOKENS)
     # Of 30 + 6 tokens decode computed all but the last: 8 blocks were there already.
@@ -136,20 +90,20 @@ async def test_next_turn_transfers_only_what_decode_lacks(pair: Pair) -> None:
     assert num_sealed == NUM_BLOCKS + len(prompt) // BLOCK_SIZE - (len(PROMPT) + MAX_TOKENS - 1) // BLOCK_SIZE
 
 
-async def test_prefill_takes_what_the_agent_holds_and_its_pool_lacks(pair: Pair) -> None:
-    await pair.serve()
+async def test_prefill_takes_what_the_agent_holds_and_its_pool_lacks(pair: FakePair) -> None:
+    await pair.serve(1, PROMPT)
     async with (
         running_prefill(pair.agent) as other,
         prefill_stream(other) as stream,
         running_decode(pair.agent) as decode,
         decode_stream(decode) as to_decode,
     ):
-        second = Pair(pair.agent, other, decode, stream, to_decode)
-        assert await second.serve() == EXPECTED
+        second = Pair(stream, to_decode)
+        assert await second.serve(1, PROMPT) == EXPECTED
         assert other.engine.num_computed_tokens == len(PROMPT) - NUM_BLOCKS * BLOCK_SIZE
 
 
-async def test_fully_present_prompt_leaves_a_row_to_compute(pair: Pair) -> None:
+async def test_fully_present_prompt_leaves_a_row_to_compute(pair: FakePair) -> None:
     prompt = PROMPT[:8]
     await pair.serve(1, prompt)
     async with running_prefill(pair.agent) as other, prefill_stream(other) as stream:
@@ -161,7 +115,7 @@ async def test_fully_present_prompt_leaves_a_row_to_compute(pair: Pair) -> None:
         assert ended.num_cached_tokens == BLOCK_SIZE
 
 
-async def test_prompt_shorter_than_a_block_publishes_nothing(pair: Pair) -> None:
+async def test_prompt_shorter_than_a_block_publishes_nothing(pair: FakePair) -> None:
     assert await pair.serve(1, PROMPT[:3]) == continuation(PROMPT[:3], MAX_TOKENS)
     assert pair.agent.store.table.audit().num_sealed == 0
 
@@ -188,8 +142,8 @@ async def test_full_arena_refuses_before_prefill(tmp_path: Path) -> None:
         assert prefill.engine.num_computed_tokens == 0
 
 
-async def test_corrupt_block_is_recomputed(pair: Pair) -> None:
-    address = await pair.submit()
+async def test_corrupt_block_is_recomputed(pair: FakePair) -> None:
+    address = await pair.submit(1, PROMPT)
     await pair.to_prefill.rest(1)
     table, arena = pair.agent.store.table, pair.agent.store.arena
     assert table.audit().num_sealed == NUM_BLOCKS
@@ -202,7 +156,7 @@ async def test_corrupt_block_is_recomputed(pair: Pair) -> None:
     assert ended.num_cached_tokens == 0
 
 
-async def test_unannounced_blocks_are_computed_here(pair: Pair) -> None:
+async def test_unannounced_blocks_are_computed_here(pair: FakePair) -> None:
     await pair.to_decode.send(submit_split(1, PROMPT, MAX_TOKENS))
     await pair.to_decode.next(1, "accepted")
     await pair.fetch(pair.agent.address)
@@ -211,7 +165,7 @@ async def test_unannounced_blocks_are_computed_here(pair: Pair) -> None:
     assert token_ids == EXPECTED[1:]
 
 
-async def test_source_that_is_gone_is_computed_here(pair: Pair) -> None:
+async def test_source_that_is_gone_is_computed_here(pair: FakePair) -> None:
     await pair.to_decode.send(submit_split(1, PROMPT, MAX_TOKENS))
     await pair.to_decode.next(1, "accepted")
     await pair.fetch("127.0.0.1:1")
@@ -220,7 +174,7 @@ async def test_source_that_is_gone_is_computed_here(pair: Pair) -> None:
     assert token_ids == EXPECTED[1:]
 
 
-async def test_compute_locally_before_any_word_samples_the_first_token_here(pair: Pair) -> None:
+async def test_compute_locally_before_any_word_samples_the_first_token_here(pair: FakePair) -> None:
     await pair.to_decode.send(submit_split(1, PROMPT, MAX_TOKENS))
     await pair.compute_locally()
     await pair.to_decode.next(1, "accepted")
@@ -228,9 +182,9 @@ async def test_compute_locally_before_any_word_samples_the_first_token_here(pair
     assert token_ids == EXPECTED
 
 
-async def test_compute_locally_keeps_what_has_arrived(pair: Pair) -> None:
+async def test_compute_locally_keeps_what_has_arrived(pair: FakePair) -> None:
     pair.prefill.thread.pause()
-    await pair.fetch(await pair.submit())
+    await pair.fetch(await pair.submit(1, PROMPT))
     pair.prefill.thread.step_once()  # 16 tokens: 4 blocks
     await until(lambda: pair.agent.store.table.audit().num_sealed == 4)
     await until(lambda: pair.decode.engine.kv_cache.storage.any(axis=1).sum() == 4)
@@ -244,9 +198,9 @@ async def test_compute_locally_keeps_what_has_arrived(pair: Pair) -> None:
     assert ended.finish_reason == messages_pb2.FINISH_REASON_CANCELLED
 
 
-async def test_prefill_that_gives_up_leaves_the_rest_to_decode(pair: Pair) -> None:
+async def test_prefill_that_gives_up_leaves_the_rest_to_decode(pair: FakePair) -> None:
     pair.prefill.thread.pause()
-    await pair.fetch(await pair.submit())
+    await pair.fetch(await pair.submit(1, PROMPT))
     pair.prefill.thread.step_once()
     await until(lambda: pair.agent.store.table.audit().num_sealed == 4)
     await pair.cancel_prefill()
@@ -273,9 +227,9 @@ async def test_first_token_that_never_comes_ends_with_deadline(agent: Agent, has
         assert ended.error.code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
 
 
-async def test_deadline_reaches_both_sides(pair: Pair) -> None:
+async def test_deadline_reaches_both_sides(pair: FakePair) -> None:
     pair.prefill.thread.pause()
-    await pair.fetch(await pair.submit(timeout_ms=200))
+    await pair.fetch(await pair.submit(1, PROMPT, timeout_ms=200))
     _, ended = await pair.to_decode.rest(1)
     assert ended.error.code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
     await until(lambda: len(pair.prefill.thread._commands) == 2)  # submit, abort
@@ -284,7 +238,7 @@ async def test_deadline_reaches_both_sides(pair: Pair) -> None:
     assert ended.error.code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
 
 
-async def test_cancelled_prefill_lets_the_copy_end_first(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_cancelled_prefill_lets_the_copy_end_first(pair: FakePair, monkeypatch: pytest.MonkeyPatch) -> None:
     copying, go_on = threading.Event(), threading.Event()
     aborts: list[str] = []
     cache = pair.prefill.engine.kv_cache
@@ -304,7 +258,7 @@ async def test_cancelled_prefill_lets_the_copy_end_first(pair: Pair, monkeypatch
     monkeypatch.setattr(cache, "checksum_view", slow_view)
     monkeypatch.setattr(pair.prefill.thread, "abort", abort)
     pair.prefill.thread.pause()
-    await pair.submit()
+    await pair.submit(1, PROMPT)
     pair.prefill.thread.step_once()
     await until(copying.is_set)
     await pair.cancel_prefill()
@@ -321,10 +275,10 @@ async def test_cancelled_prefill_lets_the_copy_end_first(pair: Pair, monkeypatch
 
 
 @pytest.mark.parametrize("stage", ["accepted", "fetching", "arrived", "decoding"])
-async def test_cancelled_decode_ends_once_at_any_stage(pair: Pair, stage: str) -> None:
+async def test_cancelled_decode_ends_once_at_any_stage(pair: FakePair, stage: str) -> None:
     if stage == "fetching":
         pair.prefill.thread.pause()
-    address = await pair.submit()
+    address = await pair.submit(1, PROMPT)
     if stage != "accepted":
         await pair.fetch(address)
     if stage == "arrived":
@@ -349,8 +303,8 @@ async def test_routers_that_leave_free_everything(agent: Agent, num_steps: int) 
     async with running_prefill(agent) as prefill, running_decode(agent) as decode:
         prefill.thread.pause()
         async with prefill_stream(prefill) as to_prefill, decode_stream(decode) as to_decode:
-            pair = Pair(agent, prefill, decode, to_prefill, to_decode)
-            await pair.fetch(await pair.submit())
+            pair = Pair(to_prefill, to_decode)
+            await pair.fetch(await pair.submit(1, PROMPT))
             for _ in range(num_steps):
                 prefill.thread.step_once()
         prefill.thread.go()
@@ -358,7 +312,7 @@ async def test_routers_that_leave_free_everything(agent: Agent, num_steps: int) 
         await until(lambda: is_unused(agent))
 
 
-async def test_prefill_cancelled_while_it_announces_computes_nothing(pair: Pair) -> None:
+async def test_prefill_cancelled_while_it_announces_computes_nothing(pair: FakePair) -> None:
     await pair.to_prefill.send(submit_prefill(1, PROMPT))
     await pair.cancel_prefill()
     await pair.to_prefill.rest(1)
@@ -382,7 +336,7 @@ async def test_agent_that_is_gone_fails_prefill_and_not_decode(tmp_path: Path) -
                 assert token_ids == EXPECTED
 
 
-async def test_other_requests_step_while_one_waits_for_its_blocks(pair: Pair) -> None:
+async def test_other_requests_step_while_one_waits_for_its_blocks(pair: FakePair) -> None:
     await pair.to_decode.send(submit_split(1, PROMPT))
     await pair.to_decode.next(1, "accepted")
     await pair.to_decode.send(submit_decode(2, [9, 9, 9], MAX_TOKENS))

@@ -22,13 +22,13 @@ class Result(NamedTuple):
 class Buffers(NamedTuple):
     """Addresses of float32 arrays, for `tile`'s functions."""
 
-    queries: int  # [max_rows / panel, k_dim, panel]
-    keys: int  # [TILE_KEYS, k_dim]
+    queries: int  # panels, each [8, k_pad] or [k_pad, 16]
+    keys: int  # [TILE_KEYS, k_pad]
     values: int  # [TILE_KEYS, v_pad]
     logits: int  # [TILE_KEYS, panel]
     decay: int  # [panel]
     ahead: int  # [TILE_KEYS, 2] int64, where the next tile's keys and values lie
-    line: int  # [max(k_dim, v_pad)], one row on its way in or out
+    line: int  # [max(k_pad, v_pad)], one row on its way in or out
     result: Result
 
 

@@ -155,7 +155,6 @@ fma = operation(vector, lambda b, x, y, z: _call(b, "llvm.fma", x, y, z), vector
 add = operation(vector, lambda b, x, y: b.fadd(x, y), vector, vector)
 subtract = operation(vector, lambda b, x, y: b.fsub(x, y), vector, vector)
 multiply = operation(vector, lambda b, x, y: b.fmul(x, y), vector, vector)
-divide = operation(vector, lambda b, x, y: b.fdiv(x, y), vector, vector)
 maximum = operation(vector, lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y), vector, vector)
 exp = operation(vector, _exp, vector)
 tanh = operation(vector, _tanh, vector)

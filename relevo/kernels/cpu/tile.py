@@ -1,14 +1,14 @@
 """The inner loops of attention: logits, softmax and weighted values of one panel of query rows over one tile of keys.
 
-A row is a query token and one of the query heads that share a kv head. Rows lie in the lanes of vectors, in panels
-of 8 (decode) or 16 (more): the softmax needs no sums across lanes, and with 8 accumulators the multiplications
-fill both FMA units. All buffers are float32:
+A row is a query token and one of the query heads that share a kv head. Rows come in panels of 8 (decode) or 16
+(more). The logits lie with rows in the lanes of vectors, so that the softmax needs no sums across lanes, and with 8
+accumulators the multiplications keep both FMA units busy. All buffers are float32, and dims are padded with zeros:
 
-    queries   [k_dim, panel]     scaled
-    keys      [tokens, k_dim]
-    logits    [tokens, panel]    then the weights exp(logit - maximum)
-    values    [tokens, v_pad]    v_pad is v_dim rounded up to 16, the rest zero
-    output    [panel, v_pad]     weighted values so far, not yet divided by the sums
+    queries   [8, k_pad] or [k_pad, 16]    scaled
+    keys      [tokens, k_pad]
+    logits    [tokens, panel]              then the weights exp(logit - maximum)
+    values    [tokens, v_pad]
+    output    [panel, v_pad]               weighted values so far, not yet divided by the sums
     maxima, sums, decay [panel]
 """
 

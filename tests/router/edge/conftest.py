@@ -67,7 +67,7 @@ def make_served(tokenizer: Tokenizer | None, defaults: GenerationDefaults, api_k
 @asynccontextmanager
 async def running(served: Served) -> AsyncIterator[Edge]:
     """Behind uvicorn without its main loop and signal handlers."""
-    # With the protocol named: asyncio turns Nagle's algorithm off only then, and an answer's two writes cost 40 ms else.
+    # With its protocol named: only then does asyncio turn Nagle's algorithm off, which makes answers 40 ms late.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         config = uvicorn.Config(served.app, http="httptools", lifespan="off", log_config=None, access_log=False)
