@@ -125,7 +125,8 @@ def serve(
 ) -> None:
     """Serve MODEL on an OpenAI-compatible endpoint; starts all processes on this machine, Ctrl-C stops them."""
     started = time.monotonic()
-    files = resolve_model(model)  # downloaded here, once, and not by each process; an unknown model ends it now
+    # Downloaded here, once, and not by each process; an unknown model ends it now.
+    files = resolve_model(model, weights=load_format != "dummy")
     stack_config = StackConfig(
         model=model,
         host=host,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from relevo.core.errors import InvalidRequest
-from relevo.core.request import FinishReason
+from relevo.core.request import FinishReason, Request
 from relevo.core.sampling_params import MAX_SEED, SamplingParams
 from relevo.detokenizer import Detokenizer
 from relevo.engine.config import EngineConfig
@@ -81,10 +81,9 @@ class LLM:
         """Like generate, for a conversation or several of them: [{"role": "user", "content": "…"}, …]."""
         if self.tokenizer is None:
             raise InvalidRequest("this model has no tokenizer: it can't chat", "messages")
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
         prompts = [
-            self.tokenizer.encode(self.tokenizer.render_chat([dict(m) for m in each]), add_special_tokens=False)
-            for each in conversations
+            self.tokenizer.encode(self.tokenizer.render_chat(conversation), add_special_tokens=False)
+            for conversation in _conversations(messages)
         ]
         return self.generate(prompts, sampling, progress=progress)
 
@@ -107,10 +106,10 @@ class LLM:
         )
         self._num_requests += 1
         request = self._engine.make_request(f"llm-{self._num_requests}", token_ids, sampling)
-        return _Answer(request.request_id, request, detokenizer)
+        return _Answer(request, detokenizer)
 
     def _run(self, answers: Sequence[_Answer], *, progress: bool) -> None:
-        open_answers = {answer.request_id: answer for answer in answers}
+        open_answers = {answer.request.request_id: answer for answer in answers}
         try:
             for answer in answers:
                 self._engine.submit(answer.request)
@@ -121,7 +120,7 @@ class LLM:
             for request_id in open_answers:
                 self._engine.abort(request_id)
 
-    def _take(self, result: StepResult, open_answers: dict[str, _Answer], advance: Any) -> None:
+    def _take(self, result: StepResult, open_answers: dict[str, _Answer], advance: Callable[[], None]) -> None:
         for tokens in result.tokens:
             answer = open_answers.get(tokens.request_id)
             if answer is not None and answer.push(tokens.token_ids, tokens.logprobs):
@@ -136,8 +135,7 @@ class LLM:
 class _Answer:
     """One request under way."""
 
-    def __init__(self, request_id: str, request: Any, detokenizer: Detokenizer) -> None:
-        self.request_id = request_id
+    def __init__(self, request: Request, detokenizer: Detokenizer) -> None:
         self.request = request
         self._detokenizer = detokenizer
         self._text: list[str] = []
@@ -185,6 +183,13 @@ def default_sampling(defaults: GenerationDefaults) -> SamplingParams:
     )
 
 
+def _conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[list[Message]]:
+    single = [message for message in messages if isinstance(message, dict)]
+    if single:
+        return [single]
+    return [[message for message in conversation if isinstance(message, dict)] for conversation in messages]
+
+
 def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
@@ -194,7 +199,7 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 @contextmanager
-def _progress_bar(total: int, *, shown: bool) -> Iterator[Any]:
+def _progress_bar(total: int, *, shown: bool) -> Iterator[Callable[[], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, disable=not shown, transient=False) as bar:
         task = bar.add_task("Prompts", total=total)

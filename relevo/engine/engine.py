@@ -20,7 +20,7 @@ from relevo.engine.kv_cache import KVCache
 from relevo.engine.model_runner import ModelRunner
 from relevo.engine.sampler import SampledToken, Sampler
 from relevo.engine.step_result import Computed, EndedRequest, EngineLoad, NewTokens, Reserved, StepResult
-from relevo.kernels import Kernels, load_backend
+from relevo.kernels import load_backend
 from relevo.model_files import generation_defaults, resolve_model
 from relevo.models.layout import KVLayout
 from relevo.models.loader import load_model
@@ -34,7 +34,7 @@ class Engine:
     """Continuous batching over one model on one device. Raises StartupError if it can't be built."""
 
     def __init__(self, config: EngineConfig) -> None:
-        files = resolve_model(config.model)
+        files = resolve_model(config.model, weights=config.load_format != "dummy")
         device = _choose_device(config.device)
         kernels = load_backend(config.attention_backend, device.type)
         model = load_model(
@@ -69,7 +69,7 @@ class Engine:
         self._cancelled: list[EndedRequest] = []
         self._prefill_tokens_per_second = 0.0
         self._step_seconds = 0.0
-        self._warm_up(kernels, model.dtype)
+        self._warm_up()
 
     def make_request(
         self,
@@ -184,17 +184,16 @@ class Engine:
     def _measure(self, output: SchedulerOutput, seconds: float) -> None:
         if not output.scheduled:
             return
-        # Chunks worth the name: the tail of a split request is a handful of rows and says nothing about a prompt's speed.
+        # Chunks worth the name: the tail of a split request is a handful of rows and says nothing of a prompt's speed.
         if output.num_scheduled_tokens >= len(output.scheduled) + 2 * self.info.block_size:
             rate = output.num_scheduled_tokens / seconds
             self._prefill_tokens_per_second = _mean(self._prefill_tokens_per_second, rate)
         elif output.num_scheduled_tokens == len(output.scheduled):
             self._step_seconds = _mean(self._step_seconds, seconds)
 
-    def _warm_up(self, kernels: Kernels, dtype: torch.dtype) -> None:
+    def _warm_up(self) -> None:
         """Compute a few tokens, so that the first request doesn't pay for what is set up lazily."""
         started = time.perf_counter()
-        kernels.warm_up(dtype)
         prompt = [0] * min(2 * self.info.block_size + 1, self.info.max_model_len - 2)
         if prompt:
             self.submit(self.make_request("warm-up", prompt, SamplingParams(max_tokens=2, temperature=0.0, seed=0)))

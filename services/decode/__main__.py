@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from services.common.grpc import Registration
 from services.common.lifecycle import Process, run_service
 from services.decode.config import DecodeSettings
-from services.decode.servicer import DecodeServicer
-from services.kvtransfer.client import KvAgentClient
-from services.pb import decode_pb2_grpc, worker_pb2
-from services.worker.process import serve_worker
-from services.worker.receiving import BlockReceiver
-from services.worker.worker import Worker
 
 
 async def serve(settings: DecodeSettings, process: Process) -> None:
-    def registration(worker: Worker, agent: KvAgentClient | None) -> Registration:
-        receiver = BlockReceiver(agent, worker) if agent is not None else None
-        servicer = DecodeServicer(worker, receiver)
-        return Registration(decode_pb2_grpc.add_DecodeServiceServicer_to_server, servicer, "relevo.v1.DecodeService")
+    # Here, because it imports torch: --help and wrong flags are answered without waiting for that.
+    from services.decode.serving import serve_decode
 
-    await serve_worker(settings, process, worker_pb2.ROLE_DECODE, registration)
+    await serve_decode(settings, process)
 
 
 def main() -> None:

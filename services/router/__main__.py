@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from contextlib import suppress
 
 from relevo import __version__
+from relevo.core.errors import InvalidRequest
 from relevo.model_files import GenerationDefaults, ModelFiles, generation_defaults, resolve_model
 from relevo.tokenizer import Tokenizer
 from services.common.discovery import StaticDiscovery
@@ -51,7 +53,12 @@ async def serve(settings: RouterSettings, process: Process) -> None:
 
 def _load(model: str | None) -> tuple[ModelFiles, Tokenizer | None, GenerationDefaults]:
     files = resolve_model(model, weights=False)
-    return files, Tokenizer.from_files(files), generation_defaults(files)
+    tokenizer = Tokenizer.from_files(files)
+    if tokenizer is not None and tokenizer.chat_template is not None:
+        # The first chat loads what renders templates, for half a second: here, not on the event loop.
+        with suppress(InvalidRequest):  # a template that wants other messages than these
+            tokenizer.render_chat([{"role": "user", "content": "warm-up"}])
+    return files, tokenizer, generation_defaults(files)
 
 
 def main() -> None:

@@ -55,6 +55,7 @@ class DirectAttempt:
         self._decode = decode
         self._num_uncached_tokens = num_uncached_tokens
         self._call: WorkerCall | None = None
+        self._num_cached_tokens = 0
 
     def start(self) -> None:
         command = decode_pb2.DecodeCommand(submit=decode_pb2.SubmitDecode(request=self._job.request))
@@ -65,7 +66,10 @@ class DirectAttempt:
         if isinstance(update, RelevoError):
             raise update
         assert isinstance(update, decode_pb2.DecodeUpdate)
-        return decode_events(update, update.ended.num_cached_tokens)
+        if update.HasField("accepted"):
+            assert self._decode.info is not None
+            self._num_cached_tokens = update.accepted.num_cached_blocks * self._decode.info.block_size
+        return decode_events(update, self._num_cached_tokens)
 
     def cancel(self) -> None:
         if self._call is not None:
@@ -73,17 +77,17 @@ class DirectAttempt:
 
 
 def decode_events(update: decode_pb2.DecodeUpdate, num_cached_tokens: int) -> Sequence[Event]:
-    """num_cached_tokens: what the EndEvent will say, if this is the end."""
+    """num_cached_tokens: what the events will say of the prompt."""
     match update.WhichOneof("update"):
         case "tokens":
-            return (tokens_event(update.tokens),)
+            return (tokens_event(update.tokens, num_cached_tokens),)
         case "ended":
             return (end_event(update.ended, num_cached_tokens),)
     return ()
 
 
-def tokens_event(tokens: messages_pb2.Tokens) -> TokensEvent:
-    return TokensEvent(tokens.token_ids, tokens.logprobs)
+def tokens_event(tokens: messages_pb2.Tokens, num_cached_tokens: int) -> TokensEvent:
+    return TokensEvent(tokens.token_ids, tokens.logprobs, num_cached_tokens)
 
 
 def end_event(ended: messages_pb2.Ended, num_cached_tokens: int) -> EndEvent:

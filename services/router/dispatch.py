@@ -206,7 +206,9 @@ class RoutedGeneration:
         self._has_tokens = True
         last = self._events[-1] if self._events else None
         if isinstance(last, TokensEvent):  # the reader is behind: several steps become one event
-            event = TokensEvent([*last.token_ids, *event.token_ids], [*last.logprobs, *event.logprobs])
+            event = TokensEvent(
+                [*last.token_ids, *event.token_ids], [*last.logprobs, *event.logprobs], event.num_cached_tokens
+            )
             self._events.pop()
         self._events.append(event)
 

@@ -109,7 +109,7 @@ class SplitAttempt:
                 self._first_token_id = update.first_token.token_ids[0]
                 first = decode_pb2.FirstToken(token_id=self._first_token_id)
                 self._tell_decode(decode_pb2.DecodeCommand(first_token=first))
-                return (tokens_event(update.first_token),)
+                return (tokens_event(update.first_token, self._num_cached_tokens),)
             case "ended":
                 return self._on_prefill_ended(update.ended)
         return ()

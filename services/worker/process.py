@@ -15,9 +15,11 @@ from relevo.engine.engine import Engine
 from relevo.engine.engine_thread import EngineThread
 from services.common.grpc import Registration, make_server
 from services.common.lifecycle import Process
+from services.common.telemetry import make_registry, serve_metrics
 from services.kvtransfer.client import KvAgentClient
 from services.pb import worker_pb2, worker_pb2_grpc
 from services.worker.config import WorkerSettings
+from services.worker.metrics import WorkerCollector
 from services.worker.servicer import WorkerServicer
 from services.worker.worker import Worker
 
@@ -79,6 +81,11 @@ async def serve_worker(
     process.stack.push_async_callback(server.stop, STOP_GRACE_SECONDS)
     process.stack.push_async_callback(worker.drain, settings.drain_seconds)
     process.stack.push_async_callback(server.drain)
+    if settings.metrics_port is not None:
+        registry = make_registry()
+        registry.register(WorkerCollector(worker))
+        _, stop_metrics = serve_metrics(registry, settings.host, settings.metrics_port)
+        process.stack.callback(stop_metrics)
     process.ready(address=server.address, id=worker_id)
 
 

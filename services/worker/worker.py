@@ -44,6 +44,7 @@ class Worker:
         self.copier = Copier()
         self.load = Load(num_free_blocks=engine.info.num_blocks)
         self.block_events = BlockEvents(lambda: self.load)
+        self.num_registered = 0
         self._listeners: dict[str, Listener] = {}
         self._waiting: set[str] = set()  # of _listeners: those that have no blocks yet
         self._sessions: set[Stream] = set()
@@ -88,6 +89,7 @@ class Worker:
         assert request_id not in self._listeners
         self._listeners[request_id] = listener
         self._waiting.add(request_id)
+        self.num_registered += 1
         self._idle.clear()
 
     def unregister(self, request_id: str) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
@@ -189,7 +190,7 @@ def test_split_direct_and_offline_answers_are_the_same(split: Serve) -> None:
 async def test_64_concurrent_mixed_requests_are_all_right(split: Serve) -> None:
     """Each answer equals the one its request gets alone."""
     prompts = ["def main(", "import os\n" * 20, "class Stack:\n" * 30, "The quick brown fox"]
-    variants = [
+    variants: list[dict[str, Any]] = [
         {"max_tokens": 8, "temperature": 0},
         {"max_tokens": 12, "temperature": 0.9, "seed": 4, "top_p": 0.9},
         {"max_tokens": 10, "temperature": 0.7, "seed": 5, "top_k": 20, "frequency_penalty": 0.5},
@@ -198,11 +199,11 @@ async def test_64_concurrent_mixed_requests_are_all_right(split: Serve) -> None:
     async with openai.AsyncOpenAI(base_url=f"{split.url}/v1", api_key="unused", max_retries=0, timeout=100) as client:
 
         async def ask(index: int) -> str:
-            options = {"model": MODEL, "prompt": prompts[index % 4], **variants[index // 4 % 4]}
+            options: dict[str, Any] = {"model": MODEL, "prompt": prompts[index % 4], **variants[index // 4 % 4]}
             if index % 3:
-                answer = await client.completions.create(**options)  # type: ignore[call-overload]
+                answer = await client.completions.create(**options)
                 return str(answer.choices[0].text)
-            stream = await client.completions.create(**options, stream=True)  # type: ignore[call-overload]
+            stream = await client.completions.create(**options, stream=True)
             return "".join([chunk.choices[0].text async for chunk in stream if chunk.choices])
 
         alone = [await ask(index) for index in range(16)]

@@ -61,9 +61,10 @@ def test_decode_token_by_token(case: Case) -> None:
     assert_same(torch.cat(logits), case.expected(tokens))
 
 
-def test_mixed_batch_of_decodes_chunks_and_prompts(case: Case) -> None:
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_mixed_batch_of_decodes_chunks_and_prompts(case: Case, backend: str) -> None:
     decoding, chunked, whole, short = (_tokens(seed, n) for seed, n in ((4, 50), (5, LENGTH), (6, 40), (7, 1)))
-    paged = PagedModel(case.model)
+    paged = PagedModel(case.model, backend=backend)
     first = paged.step({"decoding": decoding[:49], "chunked": chunked[:20]})
     second = paged.step({"chunked": chunked[20:53], "short": short, "decoding": decoding[49:], "whole": whole})
     third = paged.step({"chunked": chunked[53:]})

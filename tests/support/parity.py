@@ -40,7 +40,7 @@ def prompts() -> list[list[int]]:
 @cache
 def transformers_greedy(path: Path, num_tokens: int = NUM_TOKENS) -> list[list[int]]:
     """Greedy continuations of prompts(), one by one, EOS included where it ends one."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     answers = []
     for prompt in prompts():
         ids = torch.tensor([prompt])

@@ -9,6 +9,7 @@ import pytest
 
 from relevo.core.errors import Unavailable
 from services.pb import decode_pb2, messages_pb2
+from services.worker.metrics import WorkerCollector
 from services.worker.session import Session
 from tests.support.fake_engine import continuation
 from tests.workers.harness import (
@@ -240,3 +241,17 @@ async def test_dead_engine_is_told_and_drain_does_not_wait() -> None:
 
 async def submitted(running: RunningWorker, num_requests: int) -> None:
     await until(lambda: running.worker.num_requests == num_requests)
+
+
+async def test_metrics_follow_the_load() -> None:
+    async with running_local_decode() as running, decode_stream(running) as stream:
+        await stream.send(submit_decode(1, PROMPT))
+        await stream.rest(1)
+        values = {
+            sample.name: sample.value
+            for metric in WorkerCollector(running.worker).collect()
+            for sample in metric.samples
+        }
+        assert values["relevo_worker_requests_total"] == 1
+        assert values["relevo_worker_named_blocks"] == 3  # 10 tokens and 3 of 4 computed after them, in blocks of 4
+        assert values["relevo_worker_free_blocks"] == running.engine.info.num_blocks

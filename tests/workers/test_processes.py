@@ -25,6 +25,7 @@ from tests.workers.harness import decode_stream, prefill_stream, submit_decode
 from tests.workers.pair import Pair
 
 START_SECONDS = 60
+SMALL = ("--attention-backend", "reference", "--kv-cache-memory", "8MiB")
 
 
 @dataclass
@@ -85,15 +86,15 @@ def refusal(service: str, *flags: str) -> str:
 
 
 def test_prefill_without_agent_does_not_start() -> None:
-    assert refusal("prefill") == (
-        "relevo-prefill: error: --kv-agent (or RELEVO_KV_AGENT) is missing: a prefill worker hands its blocks over there\n"
-    )
+    stderr = refusal("prefill")
+    assert stderr.startswith("relevo-prefill: error: --kv-agent (or RELEVO_KV_AGENT) is missing: ")
+    assert stderr.count("\n") == 1
 
 
 def test_agent_that_never_answers_stops_the_start(tiny_models: TinyModels) -> None:
     path = str(tiny_models.path("llama"))
     flags = ("--model", path, "--kv-agent", "127.0.0.1:1", "--attach-timeout-seconds", "0.5", "--port", "0")
-    stderr = refusal("decode", *flags, "--attention-backend", "reference", "--kv-cache-memory", "8MiB")
+    stderr = refusal("decode", *flags, *SMALL)
     assert "relevo-decode: error: --kv-agent 127.0.0.1:1: nobody answers there after 0.5 s" in stderr
     assert "Traceback" not in stderr
 
@@ -101,7 +102,16 @@ def test_agent_that_never_answers_stops_the_start(tiny_models: TinyModels) -> No
 async def test_split_over_processes_then_drain(processes: Processes, tiny_models: TinyModels) -> None:
     """A request that runs when SIGTERM comes is finished; the exit code is 0."""
     path = tiny_models.path("llama")
-    model = ("--model", str(path), "--attention-backend", "reference", "--kv-cache-memory", "8MiB", "--dtype", "float32")
+    model = (
+        "--model",
+        str(path),
+        "--attention-backend",
+        "reference",
+        "--kv-cache-memory",
+        "8MiB",
+        "--dtype",
+        "float32",
+    )
     agent = processes.start_agent()
     prefill = processes.start("prefill", *model, "--kv-agent", agent.ready["address"])
     decode = processes.start("decode", *model, "--kv-agent", agent.ready["address"], "--worker-id", "decode-7")
