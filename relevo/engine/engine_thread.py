@@ -81,6 +81,7 @@ class EngineThread:
 
     def _step_until_stopped(self) -> None:
         idle = False
+        load = self.engine.load()
         while True:
             for command in self._drain(wait=idle):
                 if command is None:
@@ -89,8 +90,10 @@ class EngineThread:
             result = self.engine.step()
             # Nothing was scheduled: only a command can change that.
             idle = result.num_scheduled_tokens == 0
-            if not result.is_empty:
+            # A release changes nothing but the load, and whoever places requests by it must hear of that too.
+            if not result.is_empty or result.load != load:
                 self._tell(self._on_step, result)
+            load = result.load
 
     def _drain(self, *, wait: bool) -> list[Command | None]:
         commands = [self._commands.get()] if wait else []

@@ -75,6 +75,12 @@ class Serve:
         _, error = self.process.communicate(timeout=40)
         return self.process.returncode, error
 
+    def kill(self) -> None:
+        """Whatever happened: nothing of it goes on."""
+        self.process.kill()
+        self.process.communicate(timeout=10)
+        self.client.close()
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -108,7 +114,7 @@ def split() -> Iterator[Serve]:
         assert not [child for child in serve.children if is_alive(child.pid)]
         assert arena_files() <= before
     finally:
-        serve.process.kill()
+        serve.kill()
 
 
 def wait_until_whole(serve: Serve) -> None:
@@ -166,7 +172,7 @@ def test_split_direct_and_offline_answers_are_the_same(split: Serve) -> None:
             "-c",
             "import sys; from relevo import LLM, SamplingParams;"
             "llm = LLM(dtype='float32', kv_cache_memory=64 << 20);"
-            "p = SamplingParams(max_tokens=32, temperature=0.8, seed=5);"
+            "p = SamplingParams(max_tokens=32, temperature=0.8, top_p=0.9, seed=5);"
             f"a = llm.generate({LONG_PROMPT!r}, p, progress=False);"
             "sys.stdout.write(a[0].text)",
         ],
@@ -175,10 +181,8 @@ def test_split_direct_and_offline_answers_are_the_same(split: Serve) -> None:
         timeout=100,
         check=True,
     )
-    answers = [
-        split.client.completions.create(model=MODEL, prompt=LONG_PROMPT, max_tokens=32, temperature=0.8, seed=5)
-        for _ in range(2)
-    ]
+    ask: dict[str, Any] = {"prompt": LONG_PROMPT, "max_tokens": 32, "temperature": 0.8, "top_p": 0.9, "seed": 5}
+    answers = [split.client.completions.create(model=MODEL, **ask) for _ in range(2)]
     assert [answer.choices[0].text for answer in answers] == [offline.stdout] * 2
     first, second = (answer.usage.prompt_tokens_details.cached_tokens for answer in answers)  # type: ignore[union-attr]
     assert (first or 0) < (second or 0)
@@ -193,7 +197,7 @@ async def test_64_concurrent_mixed_requests_are_all_right(split: Serve) -> None:
     variants: list[dict[str, Any]] = [
         {"max_tokens": 8, "temperature": 0},
         {"max_tokens": 12, "temperature": 0.9, "seed": 4, "top_p": 0.9},
-        {"max_tokens": 10, "temperature": 0.7, "seed": 5, "top_k": 20, "frequency_penalty": 0.5},
+        {"max_tokens": 10, "temperature": 0.7, "seed": 5, "frequency_penalty": 0.5, "extra_body": {"top_k": 20}},
         {"max_tokens": 9, "temperature": 0, "logprobs": 2},
     ]
     async with openai.AsyncOpenAI(base_url=f"{split.url}/v1", api_key="unused", max_retries=0, timeout=100) as client:
@@ -269,7 +273,7 @@ def test_aggregated_has_no_prefill_and_answers_the_same(split: Serve) -> None:
         assert answer.choices[0].text == split.client.completions.create(**ask).choices[0].text  # type: ignore[call-overload]
         assert serve.stop() == (0, "")
     finally:
-        serve.process.kill()
+        serve.kill()
 
 
 def test_launcher_that_is_killed_takes_its_children_along() -> None:

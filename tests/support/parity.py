@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -40,7 +41,7 @@ def prompts() -> list[list[int]]:
 @cache
 def transformers_greedy(path: Path, num_tokens: int = NUM_TOKENS) -> list[list[int]]:
     """Greedy continuations of prompts(), one by one, EOS included where it ends one."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     answers = []
     for prompt in prompts():
         ids = torch.tensor([prompt])
