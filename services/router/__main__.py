@@ -14,11 +14,11 @@ from services.common.discovery import StaticDiscovery
 from services.common.grpc import make_server
 from services.common.lifecycle import Process, run_service
 from services.common.telemetry import make_registry, serve_metrics
-from services.router.app import EdgeConfig, create_app
 from services.router.config import RouterSettings
 from services.router.dispatch import FleetDispatcher
 from services.router.fleet import Fleet
-from services.router.http_server import bind, start_http
+from services.router.http.app import EdgeConfig, create_app
+from services.router.http.server import bind, start_http
 from services.router.servicer import registration
 
 

@@ -16,8 +16,8 @@ from starlette.types import ASGIApp
 
 from relevo.model_files import GenerationDefaults, generation_defaults, resolve_model
 from relevo.tokenizer import Tokenizer
-from services.router.app import EdgeConfig, create_app
-from tests.router.edge.fakes import FakeDispatcher
+from services.router.http.app import EdgeConfig, create_app
+from tests.router.http.fakes import FakeDispatcher
 
 NAME = "demo-model"
 MAX_BODY_BYTES = 1 << 20

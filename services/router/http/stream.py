@@ -19,11 +19,11 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from relevo.core.errors import RelevoError
-from services.router.answer import Answer, Payloads, Usage, count_usage
-from services.router.choice import Choice, Delta
-from services.router.errors import error_reply, internal_error
-from services.router.exchange import CLIENT_LEFT, Exchange
-from services.router.metrics import EdgeMetrics, RequestTimes
+from services.router.http.answer import Answer, Payloads, Usage, count_usage
+from services.router.http.choice import Choice, Delta
+from services.router.http.errors import error_reply, internal_error
+from services.router.http.exchange import CLIENT_LEFT, Exchange
+from services.router.http.metrics import EdgeMetrics, RequestTimes
 
 logger = logging.getLogger(__name__)
 

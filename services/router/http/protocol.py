@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validat
 
 from relevo.core.errors import InvalidRequest
 from relevo.core.sampling_params import MAX_LOGPROBS
-from services.router.errors import UnknownParameter, UnsupportedParameter
-from services.router.messages import Messages
-from services.router.unsupported import ANY, CHAT, COMPLETION, Harmless
+from services.router.http.errors import UnknownParameter, UnsupportedParameter
+from services.router.http.messages import Messages
+from services.router.http.unsupported import ANY, CHAT, COMPLETION, Harmless
 
 MAX_N = 128
 MAX_STOP_STRINGS = 64

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from typing_extensions import TypedDict
 
 from services.pb import messages_pb2
-from services.router.choice import Choice, Delta
+from services.router.http.choice import Choice, Delta
 
 
 class PromptTokensDetails(TypedDict):

@@ -9,15 +9,15 @@ from typing import Any, Literal, NotRequired
 from typing_extensions import TypedDict
 
 from services.pb import messages_pb2
-from services.router.answer import Answer, AnswerHead, Usage
-from services.router.choice import Choice, Delta
-from services.router.exchange import Exchange
-from services.router.logprobs import CompletionLogprobs, TextOffsets, TokenNames, completion_logprobs
-from services.router.protocol import CompletionRequest
-from services.router.protocol import Prompt as GivenPrompt
-from services.router.sampling import TokenLimit, make_sampling
-from services.router.serving import Prompt, Serving, run_long
-from services.router.stream import GenerationResponse
+from services.router.http.answer import Answer, AnswerHead, Usage
+from services.router.http.choice import Choice, Delta
+from services.router.http.exchange import Exchange
+from services.router.http.logprobs import CompletionLogprobs, TextOffsets, TokenNames, completion_logprobs
+from services.router.http.protocol import CompletionRequest
+from services.router.http.protocol import Prompt as GivenPrompt
+from services.router.http.sampling import TokenLimit, make_sampling
+from services.router.http.serving import Prompt, Serving, run_long
+from services.router.http.stream import GenerationResponse
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 

@@ -17,8 +17,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from relevo.core.errors import InvalidRequest, RelevoError, Unauthenticated
-from services.router.errors import error_response, internal_error
-from services.router.metrics import EdgeMetrics
+from services.router.http.errors import error_response, internal_error
+from services.router.http.metrics import EdgeMetrics
 
 logger = logging.getLogger(__name__)
 

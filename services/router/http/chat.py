@@ -9,14 +9,14 @@ from typing import Any, Literal, NotRequired
 from typing_extensions import TypedDict
 
 from relevo.core.errors import InvalidRequest
-from services.router.answer import Answer, AnswerHead, Usage
-from services.router.choice import Choice, Delta
-from services.router.exchange import Exchange
-from services.router.logprobs import ChatLogprobs, TokenNames, chat_logprobs
-from services.router.protocol import ChatRequest
-from services.router.sampling import TokenLimit, make_sampling
-from services.router.serving import Prompt, Serving, run_long
-from services.router.stream import GenerationResponse
+from services.router.http.answer import Answer, AnswerHead, Usage
+from services.router.http.choice import Choice, Delta
+from services.router.http.exchange import Exchange
+from services.router.http.logprobs import ChatLogprobs, TokenNames, chat_logprobs
+from services.router.http.protocol import ChatRequest
+from services.router.http.sampling import TokenLimit, make_sampling
+from services.router.http.serving import Prompt, Serving, run_long
+from services.router.http.stream import GenerationResponse
 
 
 class ReplyMessage(TypedDict):

@@ -9,8 +9,8 @@ from relevo.core.request import FinishReason
 from relevo.model_files import GenerationDefaults
 from relevo.tokenizer import Tokenizer
 from services.router.generation import EndEvent, TokensEvent
-from tests.router.edge.conftest import NAME, Edge, make_served, running
-from tests.router.edge.fakes import HANG, make_logprobs, one_by_one, sampled_ids
+from tests.router.http.conftest import NAME, Edge, make_served, running
+from tests.router.http.fakes import HANG, make_logprobs, one_by_one, sampled_ids
 
 TEXT = "Return a new list with the items in order."
 

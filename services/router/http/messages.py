@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, PlainValidator
 
 from relevo.core.errors import InvalidRequest
-from services.router.errors import UnsupportedParameter
+from services.router.http.errors import UnsupportedParameter
 
 MAX_NAME_CHARS = 64
 

@@ -14,8 +14,8 @@ import pytest
 from relevo.tokenizer import Tokenizer
 from services.pb import messages_pb2
 from services.router.generation import TokensEvent
-from tests.router.edge.conftest import Edge
-from tests.router.edge.fakes import HANG, FakeGeneration, Step
+from tests.router.http.conftest import Edge
+from tests.router.http.fakes import HANG, FakeGeneration, Step
 
 LIMIT_SECONDS = 0.1
 NUM_FLOOD_EVENTS = 10_000  # 20 MB of text and more: more than the sockets' buffers take

@@ -17,15 +17,15 @@ from typing_extensions import TypedDict
 from relevo.core.errors import RelevoError, Unavailable
 from relevo.model_files import GenerationDefaults
 from relevo.tokenizer import Tokenizer
-from services.router.body import body_route
-from services.router.chat import ChatReply, create_chat_completion, render_chat
-from services.router.completions import CompletionReply, create_completion
-from services.router.errors import ErrorReply, JsonResponse, handle_http_exception, handle_relevo_error
-from services.router.exchange import Exchange, ExchangeLayer, handle_bug
 from services.router.generation import Dispatcher
-from services.router.metrics import EdgeMetrics
-from services.router.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from services.router.serving import EdgeConfig, Serving, check_prompt, run_long
+from services.router.http.body import body_route
+from services.router.http.chat import ChatReply, create_chat_completion, render_chat
+from services.router.http.completions import CompletionReply, create_completion
+from services.router.http.errors import ErrorReply, JsonResponse, handle_http_exception, handle_relevo_error
+from services.router.http.exchange import Exchange, ExchangeLayer, handle_bug
+from services.router.http.metrics import EdgeMetrics
+from services.router.http.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from services.router.http.serving import EdgeConfig, Serving, check_prompt, run_long
 
 __all__ = ["EdgeConfig", "create_app"]
 

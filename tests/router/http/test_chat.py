@@ -7,8 +7,8 @@ from openai.types.chat import ChatCompletionMessageParam
 
 from relevo.core.request import FinishReason
 from relevo.tokenizer import Tokenizer
-from tests.router.edge.conftest import NAME, Edge
-from tests.router.edge.fakes import MODEL, one_by_one, sampled_ids
+from tests.router.http.conftest import NAME, Edge
+from tests.router.http.fakes import MODEL, one_by_one, sampled_ids
 
 MESSAGES: list[ChatCompletionMessageParam] = [
     {"role": "system", "content": "You are terse."},

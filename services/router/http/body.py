@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from relevo.core.errors import Cancelled, InvalidRequest, PayloadTooLarge
-from services.router.protocol import RequestBody
+from services.router.http.protocol import RequestBody
 
 Body = TypeVar("Body", bound=RequestBody)
 

@@ -14,10 +14,10 @@ from relevo.core.errors import DeadlineExceeded, Exhausted, InvalidRequest, Mism
 from relevo.core.request import FinishReason
 from relevo.model_files import GenerationDefaults
 from relevo.tokenizer import Tokenizer
-from services.router.app import EdgeConfig
 from services.router.generation import EndEvent, TokensEvent
-from services.router.unsupported import ANY, CHAT, COMPLETION
-from tests.router.edge.conftest import MAX_BODY_BYTES, NAME, Edge, make_served, running
+from services.router.http.app import EdgeConfig
+from services.router.http.unsupported import ANY, CHAT, COMPLETION
+from tests.router.http.conftest import MAX_BODY_BYTES, NAME, Edge, make_served, running
 
 COMPLETIONS = "/v1/completions"
 CHATS = "/v1/chat/completions"

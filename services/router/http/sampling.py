@@ -11,9 +11,9 @@ from relevo.core.errors import InvalidRequest
 from relevo.core.sampling_params import MAX_SEED, SamplingParams
 from relevo.model_files import GenerationDefaults
 from services.pb import messages_pb2
-from services.router.errors import ContextLengthExceeded
 from services.router.generation import ServedModel
-from services.router.protocol import SamplingBody
+from services.router.http.errors import ContextLengthExceeded
+from services.router.http.protocol import SamplingBody
 
 _Number = TypeVar("_Number", int, float)
 

@@ -9,8 +9,8 @@ import openai
 import pytest
 
 from relevo.tokenizer import Tokenizer
-from tests.router.edge.conftest import NAME, Edge
-from tests.router.edge.fakes import MODEL, sampled_ids
+from tests.router.http.conftest import NAME, Edge
+from tests.router.http.fakes import MODEL, sampled_ids
 
 
 async def test_models(edge: Edge) -> None:

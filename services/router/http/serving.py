@@ -13,15 +13,15 @@ from relevo.detokenizer import Detokenizer
 from relevo.model_files import GenerationDefaults
 from relevo.tokenizer import Tokenizer
 from services.pb import messages_pb2
-from services.router.answer import Payloads
-from services.router.choice import Choice
-from services.router.errors import ContextLengthExceeded, ModelNotFound
-from services.router.exchange import Exchange
 from services.router.generation import Dispatcher, ServedModel
-from services.router.metrics import EdgeMetrics
-from services.router.protocol import SamplingBody
-from services.router.sampling import TokenLimit, check_token_ids, choice_sampling, draw_seed, sampling_to_proto
-from services.router.stream import EventWriter, GenerationResponse, WholeWriter
+from services.router.http.answer import Payloads
+from services.router.http.choice import Choice
+from services.router.http.errors import ContextLengthExceeded, ModelNotFound
+from services.router.http.exchange import Exchange
+from services.router.http.metrics import EdgeMetrics
+from services.router.http.protocol import SamplingBody
+from services.router.http.sampling import TokenLimit, check_token_ids, choice_sampling, draw_seed, sampling_to_proto
+from services.router.http.stream import EventWriter, GenerationResponse, WholeWriter
 
 _LONG_TEXT_CHARS = 16_384  # takes some 5 ms to tokenize: from here on the event loop does not wait for it
 
