@@ -152,7 +152,8 @@ def serve(
         },
         router_options={"served-model-name": ",".join(served_model_name or [])},
     )
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started this in the background, ignoring SIGINT
+        signal.signal(number, _interrupt)
     with Stack(stack_config) as stack:
         try:
             print(f"Starting {files.name} …", flush=True)

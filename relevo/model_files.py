@@ -8,26 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
-
 from relevo import demo
 from relevo.core.errors import StartupError
 
 DEMO = "demo"
 DEMO_NAME = "relevo-demo"
-
-_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
-# Folders of a repository hold other formats' copies, and so does Mistral's consolidated.safetensors.
-_NEVER = ("*/*", "consolidated*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +56,9 @@ def resolve_model(model: str | None, *, weights: bool = True) -> ModelFiles:
         raise StartupError(f"model {model!r} is a file: give the folder that holds config.json")
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise StartupError(f"model {model!r}: no such folder")
-    return _from_hub(model, weights)
+    from relevo.model_hub import fetch_model  # takes half a second to import, and most starts do without
+
+    return ModelFiles(*fetch_model(model, weights))
 
 
 def read_config(files: ModelFiles) -> dict[str, Any]:
@@ -109,35 +96,6 @@ def _folder(path: Path, name: str) -> ModelFiles:
     if not (path / "config.json").is_file():
         raise StartupError(f"model {name!r}: no config.json in {path}")
     return ModelFiles(path, name)
-
-
-def _from_hub(model: str, weights: bool) -> ModelFiles:
-    path = _download(model, (*_SMALL_FILES, "*.safetensors") if weights else _SMALL_FILES)
-    if weights and not any(path.glob("*.safetensors")):
-        path = _download(model, (*_SMALL_FILES, "pytorch_model*.bin"))
-    if not (path / "config.json").is_file():
-        raise StartupError(f"model {model!r}: its repository on the hub has no config.json")
-    return ModelFiles(path, model, revision=path.name)
-
-
-def _download(model: str, patterns: tuple[str, ...]) -> Path:
-    """The snapshot's folder, which is named after the commit."""
-    try:
-        return Path(snapshot_download(model, allow_patterns=list(patterns), ignore_patterns=list(_NEVER)))
-    except HFValidationError as error:
-        raise StartupError(f"model {model!r} is neither a folder nor an id on the Hugging Face hub") from error
-    except GatedRepoError as error:
-        raise StartupError(f"model {model!r} is gated: accept its terms on the hub and set HF_TOKEN") from error
-    except RepositoryNotFoundError as error:
-        raise StartupError(
-            f"model {model!r}: no such folder, and no such model on the hub (or HF_TOKEN lacks access)"
-        ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError) as error:
-        raise StartupError(
-            f"model {model!r}: no such folder, not in the cache, and the Hugging Face hub cannot be reached"
-        ) from error
-    except OSError as error:
-        raise StartupError(f"model {model!r}: cannot be downloaded: {_first_line(error)}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

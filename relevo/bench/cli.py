@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import orjson
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from relevo.bench.serve import ServeBenchConfig, ServeBenchResult, bench_serve
 from relevo.core.errors import RelevoError
+
+if TYPE_CHECKING:
+    from relevo.bench.serve import ServeBenchConfig, ServeBenchResult
 
 app = typer.Typer(no_args_is_help=True, help="Measure.", rich_markup_mode=None)
 
@@ -37,6 +39,8 @@ def serve(
     json: Annotated[Path | None, typer.Option(help="also write the figures to this file")] = None,
 ) -> None:
     """Latency and throughput of an OpenAI-compatible endpoint (Relevo's or another's), as a client sees them."""
+    from relevo.bench.serve import ServeBenchConfig  # and with it httpx, which `relevo serve` does without
+
     results = []
     for index, level in enumerate(_levels(concurrency)):
         config = ServeBenchConfig(
@@ -60,6 +64,8 @@ def serve(
 
 async def _one_error(config: ServeBenchConfig) -> ServeBenchResult:
     """Of a group of failed requests the first says it all."""
+    from relevo.bench.serve import bench_serve
+
     try:
         return await bench_serve(config)
     except* RelevoError as group:

@@ -1,4 +1,4 @@
-"""Muon (Jordan et al., 2024), the optimizer of the hidden matrices: about twice AdamW's progress a step here.
+"""Muon (Jordan et al., 2024), the optimizer of the hidden matrices.
 
 `torch.optim.Muon` orthogonalizes in bfloat16, which is very slow on CPUs that emulate it; this one stays in float32.
 """

@@ -1,6 +1,6 @@
 """Build the demo model: tokenizer, target, and a draft distilled from the target. Runs on a CPU.
 
-    python -m relevo.demo.train --out build/demo --minutes 40 --threads 1
+    python -m relevo.demo.train --out build/demo --minutes 34 --threads 1
 
 Without `--target-steps` and `--draft-steps` the schedule follows the clock, so that the run ends in time; with both,
 the result depends on the seed and the versions only.
@@ -59,7 +59,7 @@ class Budget:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder that gets target/, draft/ and report.json")
-    parser.add_argument("--minutes", type=float, default=40.0, help="of training, both models together")
+    parser.add_argument("--minutes", type=float, default=34.0, help="of training, both models together")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target-steps", type=int, help="instead of a share of --minutes")
@@ -164,7 +164,9 @@ def train(
     for step, share in enumerate(budget.progress(), start=1):
         context = SHORT_CONTEXT if share < LONG_PHASE else MAX_POSITIONS
         batch = sample_batch(streams, rng, batch_size=TOKENS_PER_STEP // context, context=context)
-        losses.append(accumulate(model, loss_function, batch))
+        loss = loss_function(model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.item())
         rate = schedule(share)
         adam.param_groups[0]["lr"] = ADAM_RATE * rate
         adam.step()
@@ -177,24 +179,13 @@ def train(
     return curve
 
 
-def accumulate(model: LlamaForCausalLM, loss_function: LossFunction, batch: Tensor) -> float:
-    """Add the batch's gradients, 2048 tokens at a time (the logits stay within a few caches' size)."""
-    parts = torch.split(batch, max(1, 2048 // (batch.shape[1] - 1)))
-    total = 0.0
-    for part in parts:
-        loss = loss_function(model, part) / len(parts)
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.item()
-    return total
-
-
 def schedule(share: float) -> float:
     """Learning rate as a share of its peak: a short warm-up, a plateau, a linear decay to zero."""
     return min(1.0, (share + 1e-3) / WARM_UP, (1 - share) / (1 - DECAY_FROM))
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write a bfloat16 copy, and round the model itself likewise, so that figures are those of what was saved."""
+    """Save in bfloat16; the model stays rounded to it, so that later figures are those of what was saved."""
     model.bfloat16()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 from services.common.lifecycle import Process, run_service
@@ -9,6 +10,7 @@ from services.decode.config import DecodeSettings
 
 
 async def serve(settings: DecodeSettings, process: Process) -> None:
+    gc.disable()  # until loaded: what is imported now stays, and looking through it again and again takes a second
     # Here, because it imports torch: --help and wrong flags are answered without waiting for that.
     from services.decode.serving import serve_decode
 

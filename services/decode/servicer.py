@@ -7,13 +7,21 @@ from typing import Any
 
 import grpc.aio
 
+from services.common.grpc import Registration
 from services.decode.request import DecodeRequest
+from services.kvtransfer.client import KvAgentClient
 from services.pb import decode_pb2_grpc
 from services.pb.decode_pb2 import DecodeCommand, DecodeUpdate, DecodeUpdates
 from services.pb.messages_pb2 import Ended, Load
 from services.worker.receiving import BlockReceiver
 from services.worker.session import Dialect, Reply, Session
 from services.worker.worker import Worker
+
+
+def decode_registration(worker: Worker, agent: KvAgentClient | None) -> Registration:
+    receiver = BlockReceiver(agent, worker) if agent is not None else None
+    servicer = DecodeServicer(worker, receiver)
+    return Registration(decode_pb2_grpc.add_DecodeServiceServicer_to_server, servicer, "relevo.v1.DecodeService")
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):

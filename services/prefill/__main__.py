@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 from relevo.core.errors import StartupError
@@ -12,6 +13,7 @@ from services.prefill.config import PrefillSettings
 async def serve(settings: PrefillSettings, process: Process) -> None:
     if not settings.kv_agent:
         raise StartupError("--kv-agent (or RELEVO_KV_AGENT) is missing: a prefill worker hands its blocks over there")
+    gc.disable()  # until loaded: what is imported now stays, and looking through it again and again takes a second
     # Here, because it imports torch: --help and wrong flags are answered without waiting for that.
     from services.prefill.serving import serve_prefill
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc.aio
 
+from services.common.grpc import Registration
 from services.kvtransfer.client import KvAgentClient
 from services.pb import prefill_pb2_grpc
 from services.pb.messages_pb2 import Ended, Load
@@ -15,6 +16,13 @@ from services.prefill.request import PrefillRequest
 from services.worker.receiving import BlockReceiver
 from services.worker.session import Dialect, Reply, Session
 from services.worker.worker import Worker
+
+
+def prefill_registration(worker: Worker, agent: KvAgentClient | None) -> Registration:
+    assert agent is not None
+    servicer = PrefillServicer(worker, agent, BlockReceiver(agent, worker))
+    add = prefill_pb2_grpc.add_PrefillServiceServicer_to_server
+    return Registration(add, servicer, "relevo.v1.PrefillService")
 
 
 class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):

@@ -47,6 +47,7 @@ async def serve(settings: RouterSettings, process: Process) -> None:
     process.stack.push_async_callback(server.stop, settings.drain_seconds)
     await start_http(app, listener, process, settings.drain_seconds)
     await fleet.wait_connected()
+    await asyncio.to_thread(_warm_up, tokenizer)  # only now: the workers had more use for the cores
     host, port = listener.getsockname()[:2]
     process.ready(address=server.address, http=f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
@@ -54,11 +55,14 @@ async def serve(settings: RouterSettings, process: Process) -> None:
 def _load(model: str | None) -> tuple[ModelFiles, Tokenizer | None, GenerationDefaults]:
     files = resolve_model(model, weights=False)
     tokenizer = Tokenizer.from_files(files)
+    return files, tokenizer, generation_defaults(files)
+
+
+def _warm_up(tokenizer: Tokenizer | None) -> None:
+    """The first chat loads what renders templates, for half a second: not on the event loop."""
     if tokenizer is not None and tokenizer.chat_template is not None:
-        # The first chat loads what renders templates, for half a second: here, not on the event loop.
         with suppress(InvalidRequest):  # a template that wants other messages than these
             tokenizer.render_chat([{"role": "user", "content": "warm-up"}])
-    return files, tokenizer, generation_defaults(files)
 
 
 def main() -> None:

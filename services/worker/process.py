@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
 import time
@@ -94,6 +95,8 @@ async def _load_engine(settings: WorkerSettings) -> Engine:
     logger.info("loading %s", config.model or "the demo model")
     started = time.monotonic()
     engine = await _in_daemon_thread(lambda: Engine(config))
+    gc.freeze()
+    gc.enable()
     info = engine.info
     logger.info(
         "loaded %s in %.1f s: %d blocks of %d tokens, context of %d tokens",

@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 from relevo.core.sampling_params import SamplingParams
 from relevo.engine.sampler import BadLogits, Sampler, SamplingRow
+from tests.support.statistics import chi_squared_pvalue
 
 EOS = 2
 
@@ -190,7 +190,7 @@ def test_tokens_follow_the_distribution() -> None:
             counts[row.sampling.temperature][token.token_id] += 1
     for temperature, observed in counts.items():
         expected = (logits[0].double() / temperature).softmax(-1) * 20_000
-        assert stats.chisquare(observed, expected.numpy()).pvalue > 1e-4
+        assert chi_squared_pvalue(torch.tensor(observed), expected) > 1e-4
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

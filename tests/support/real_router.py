@@ -1,0 +1,81 @@
+"""The router without its HTTP edge: fleet, placement and dispatch over workers in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+
+from relevo.core.request import FinishReason
+from relevo.core.sampling_params import SamplingParams
+from services.common.discovery import StaticDiscovery
+from services.pb import messages_pb2
+from services.router.dispatch import FleetDispatcher
+from services.router.fleet import Fleet
+from services.router.generation import EndEvent
+from services.router.http.sampling import sampling_to_proto
+from services.router.placement import CostModel
+from tests.support.agents import TIMEOUT_SECONDS
+from tests.support.real_workers import RealWorker
+
+# Decode's time is so dear that every prompt is split of which there is a block to send.
+SPLIT_WHENEVER_POSSIBLE = CostModel(slowdown_weight=1e6)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """logprobs: empty, or one a token. was_split: where it was placed at last."""
+
+    token_ids: list[int]
+    logprobs: list[messages_pb2.TokenLogprobs]
+    finish_reason: FinishReason
+    was_split: bool
+
+
+class Router:
+    def __init__(self, dispatcher: FleetDispatcher) -> None:
+        self._dispatcher = dispatcher
+
+    async def generate(self, prompt: Sequence[int], sampling: SamplingParams, salt: str = "") -> Answer:
+        """salt: prompts of different salts share no cached block."""
+        request = messages_pb2.GenerationRequest(
+            request_id="r", prompt_token_ids=prompt, sampling=sampling_to_proto(sampling), cache_salt=salt
+        )
+        generation = self._dispatcher.generate(request)
+        token_ids: list[int] = []
+        logprobs: list[messages_pb2.TokenLogprobs] = []
+        end: EndEvent | None = None
+        async for event in generation:
+            assert end is None, "something follows the end"
+            if isinstance(event, EndEvent):
+                end = event
+            else:
+                token_ids += event.token_ids
+                logprobs += event.logprobs
+        assert end is not None and generation.placement is not None
+        return Answer(token_ids, logprobs, end.finish_reason, generation.placement.best.prefill is not None)
+
+    async def generate_all(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, salt: str = ""
+    ) -> list[Answer]:
+        """All at once."""
+        async with asyncio.TaskGroup() as tasks:
+            answers = [tasks.create_task(self.generate(prompt, sampling, salt)) for prompt in prompts]
+        return [answer.result() for answer in answers]
+
+
+@asynccontextmanager
+async def real_router(decode: RealWorker, prefill: RealWorker | None = None) -> AsyncIterator[Router]:
+    """Connected to the workers. With a prefill worker it splits whatever can be split."""
+    addresses = {"decode": [decode.address], "prefill": [prefill.address] if prefill is not None else []}
+    fleet = Fleet(StaticDiscovery(addresses))
+    run = asyncio.create_task(fleet.run())
+    try:
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            await fleet.wait_connected()
+        yield Router(FleetDispatcher(fleet, decode.engine.info.eos_token_ids, SPLIT_WHENEVER_POSSIBLE))
+    finally:
+        run.cancel()
+        with suppress(asyncio.CancelledError):
+            await run
