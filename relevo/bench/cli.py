@@ -31,7 +31,12 @@ def serve(
     model: Annotated[str | None, typer.Option(help="default: the first that the endpoint lists")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="RELEVO_API_KEY")] = None,
     concurrency: Annotated[str, typer.Option(help="requests at the same time; several: 1,8,32")] = "1,8,32",
-    num_requests: Annotated[int, typer.Option(min=1, help="per concurrency; at least twice the concurrency")] = 16,
+    num_requests: Annotated[
+        int | None, typer.Option(min=1, help="measured, per concurrency. Default: 16, or twice the concurrency")
+    ] = None,
+    num_warmup: Annotated[
+        int | None, typer.Option(min=0, help="not measured, before them. Default: the concurrency")
+    ] = None,
     input_len: Annotated[int, typer.Option(min=1, help="tokens in a prompt")] = 256,
     output_len: Annotated[int, typer.Option(min=1, help="tokens in an answer")] = 64,
     vocab_size: Annotated[int, typer.Option(min=2, help="prompts are random token ids below this")] = 1000,
@@ -48,8 +53,8 @@ def serve(
             model=model,
             api_key=api_key,
             concurrency=level,
-            num_requests=max(num_requests, 2 * level),
-            num_warmup_requests=level,
+            num_requests=num_requests or max(16, 2 * level),
+            num_warmup_requests=level if num_warmup is None else num_warmup,
             input_len=input_len,
             output_len=output_len,
             vocab_size=vocab_size,

@@ -261,6 +261,28 @@ def test_service_by_itself_has_health_and_reflection(split: Serve) -> None:
             assert service in {each.name for each in next(replies).list_services_response.service}
 
 
+def test_bench_serve_measures_the_endpoint(split: Serve, tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    options = [
+        "--url",
+        split.url,
+        "--concurrency",
+        "1,2",
+        "--num-requests",
+        "2",
+        "--input-len",
+        "40",
+        "--output-len",
+        "4",
+    ]
+    command = [sys.executable, "-m", "relevo.cli", "bench", "serve", *options, "--json", str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "TTFT" in result.stdout
+    figures = json.loads(path.read_text())
+    assert [each["concurrency"] for each in figures] == [1, 2]
+    assert all(each["tpot_ms_p50"] > 0 and 0 < each["ttft_ms_p50"] <= each["ttft_ms_p99"] for each in figures)
+
+
 def test_aggregated_has_no_prefill_and_answers_the_same(split: Serve) -> None:
     serve = Serve("--topology", "aggregated", "--api-key", "secret", *SMALL)
     try:
