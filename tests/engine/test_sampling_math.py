@@ -70,7 +70,7 @@ def test_neighbours_are_independent(seed_step: int, position_step: int) -> None:
         for position in range(1, 151):
             here, there = uniform(seed, position), uniform(seed + seed_step, position + position_step)
             grid[int(here * 16), int(there * 16)] += 1
-    assert chi_squared_pvalue(grid.flatten(), torch.full((grid.numel(),), grid.double().mean())) > 1e-4
+    assert chi_squared_pvalue(grid.flatten(), torch.full((grid.numel(),), float(grid.double().mean()))) > 1e-4
 
 
 @settings(max_examples=60, deadline=None)

@@ -25,4 +25,4 @@ def uniform_pvalue(values: Sequence[float]) -> float:
     x = (math.sqrt(n) + 0.12 + 0.11 / math.sqrt(n)) * distance
     if x < 0.2:
         return 1.0  # where the series below converges slowly, and to this
-    return 2 * sum((-1) ** (k - 1) * math.exp(-2 * k * k * x * x) for k in range(1, 101))
+    return 2 * sum((1 if k % 2 else -1) * math.exp(-2 * k * k * x * x) for k in range(1, 101))
