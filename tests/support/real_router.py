@@ -35,6 +35,7 @@ class Answer:
 
 class Router:
     def __init__(self, dispatcher: FleetDispatcher) -> None:
+        self.num_tokens = 0  # that came, of all requests
         self._dispatcher = dispatcher
 
     async def generate(self, prompt: Sequence[int], sampling: SamplingParams, salt: str = "") -> Answer:
@@ -51,6 +52,7 @@ class Router:
             if isinstance(event, EndEvent):
                 end = event
             else:
+                self.num_tokens += len(event.token_ids)
                 token_ids += event.token_ids
                 logprobs += event.logprobs
         assert end is not None and generation.placement is not None

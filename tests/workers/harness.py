@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import mmap
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import grpc.aio
 
 from services.common.grpc import Registration, make_channel, make_server
-from services.common.lifecycle import Process
-from services.decode.servicer import DecodeServicer
-from services.kvtransfer.agent import Agent, start_agent
+from services.decode.servicer import decode_registration
+from services.kvtransfer.agent import Agent
 from services.kvtransfer.client import KvAgentClient
-from services.kvtransfer.config import KvTransferSettings
 from services.pb import (
     decode_pb2,
     decode_pb2_grpc,
@@ -28,15 +24,14 @@ from services.pb import (
     worker_pb2,
     worker_pb2_grpc,
 )
-from services.prefill.servicer import PrefillServicer
+from services.prefill.servicer import prefill_registration
 from services.worker.config import WorkerSettings
 from services.worker.ports import EnginePort
-from services.worker.receiving import BlockReceiver
 from services.worker.servicer import WorkerServicer
 from services.worker.worker import Worker
+from tests.support.agents import TIMEOUT_SECONDS, until
 from tests.support.fake_engine import FakeEngine, FakeEngineThread
 
-TIMEOUT_SECONDS = 10.0
 CommandT = TypeVar("CommandT", decode_pb2.DecodeCommand, prefill_pb2.PrefillCommand)
 
 
@@ -119,25 +114,6 @@ async def running_local_decode(engine: FakeEngine | None = None, **settings: Any
 
 
 @asynccontextmanager
-async def running_agent(arena_dir: Path, num_blocks: int = 64) -> AsyncIterator[Agent]:
-    """A KV agent in this process; at the end nothing may be in use at it, and its slots must add up."""
-    settings = KvTransferSettings(
-        port=0, kv_arena=num_blocks * mmap.PAGESIZE, arena_dir=arena_dir, drain_seconds=0.0, pin_seconds=5.0
-    )
-    async with AsyncExitStack() as stack:
-        agent = await start_agent(settings, Process("kvtransfer", settings, stack))
-        yield agent
-        await until(lambda: is_unused(agent))
-
-
-def is_unused(agent: Agent) -> bool:
-    agent.store.check()
-    audit = agent.store.table.audit()
-    assert audit.num_free + audit.num_granted + audit.num_sealed == audit.num_slots
-    return not (audit.num_granted or audit.num_pinned or audit.num_leases or audit.num_readers)
-
-
-@asynccontextmanager
 async def attached(agent: Agent, engine: EnginePort, worker_id: str) -> AsyncIterator[KvAgentClient]:
     client = KvAgentClient(agent.address, worker_id, "incarnation")
     try:
@@ -169,24 +145,6 @@ async def running_prefill(
         running_worker(engine, lambda worker: prefill_registration(worker, client), **settings) as running,
     ):
         yield running
-
-
-def decode_registration(worker: Worker, client: KvAgentClient | None) -> Registration:
-    servicer = DecodeServicer(worker, BlockReceiver(client, worker) if client is not None else None)
-    return Registration(decode_pb2_grpc.add_DecodeServiceServicer_to_server, servicer, "relevo.v1.DecodeService")
-
-
-def prefill_registration(worker: Worker, client: KvAgentClient) -> Registration:
-    servicer = PrefillServicer(worker, client, BlockReceiver(client, worker))
-    add = prefill_pb2_grpc.add_PrefillServiceServicer_to_server
-    return Registration(add, servicer, "relevo.v1.PrefillService")
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Let everything else run until this is so. Fails if it does not come."""
-    async with asyncio.timeout(TIMEOUT_SECONDS):
-        while not condition():  # noqa: ASYNC110  # looked at from outside, where there is no event for it
-            await asyncio.sleep(0.001)
 
 
 class RouterStream(Generic[CommandT]):

@@ -11,14 +11,13 @@ from relevo.core.errors import Unavailable
 from services.pb import decode_pb2, messages_pb2
 from services.worker.metrics import WorkerCollector
 from services.worker.session import Session
+from tests.support.agents import TIMEOUT_SECONDS, until
 from tests.support.fake_engine import continuation
 from tests.workers.harness import (
-    TIMEOUT_SECONDS,
     RunningWorker,
     decode_stream,
     running_local_decode,
     submit_decode,
-    until,
 )
 
 PROMPT = list(range(1, 11))

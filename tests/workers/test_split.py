@@ -14,20 +14,18 @@ import pytest
 
 from services.kvtransfer.agent import Agent
 from services.pb import decode_pb2, messages_pb2
+from tests.support.agents import is_unused, running_agent, until
 from tests.support.fake_engine import FakeEngine, continuation
 from tests.workers.harness import (
     RunningWorker,
     decode_stream,
-    is_unused,
     prefill_stream,
-    running_agent,
     running_decode,
     running_local_decode,
     running_prefill,
     submit_decode,
     submit_prefill,
     submit_split,
-    until,
 )
 from tests.workers.pair import Pair
 
@@ -182,15 +180,19 @@ async def test_compute_locally_before_any_word_samples_the_first_token_here(pair
     assert token_ids == EXPECTED
 
 
-async def test_compute_locally_keeps_what_has_arrived(pair: FakePair) -> None:
+@pytest.mark.parametrize("has_first_token", [False, True])
+async def test_compute_locally_keeps_what_has_arrived(pair: FakePair, has_first_token: bool) -> None:
+    """Blocks, and the first token: the client has it, so it must not come again."""
     pair.prefill.thread.pause()
     await pair.fetch(await pair.submit(1, PROMPT))
     pair.prefill.thread.step_once()  # 16 tokens: 4 blocks
     await until(lambda: pair.agent.store.table.audit().num_sealed == 4)
     await until(lambda: pair.decode.engine.kv_cache.storage.any(axis=1).sum() == 4)
+    if has_first_token:
+        await pair.give_first_token(EXPECTED[0])
     await pair.compute_locally()
     token_ids, ended = await pair.to_decode.rest(1)
-    assert token_ids == EXPECTED
+    assert token_ids == EXPECTED[has_first_token:]
     assert 0 < ended.num_cached_tokens <= 16
     await pair.cancel_prefill()
     pair.prefill.thread.go()
