@@ -9,19 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.no_torch import HIDE_TORCH
+
 ROOT = Path(__file__).parent.parent
 SERVICES = ("router", "prefill", "kvtransfer", "decode")
 WITHOUT_TORCH = ("services.router.__main__", "services.kvtransfer.__main__", "relevo.cli", "relevo.core.scheduler")
-
-# Fails every import of torch, as on a machine where it is not installed.
-BLOCK_TORCH = """
-import importlib.abc, importlib.util, sys
-class NoTorch(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "numba"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, NoTorch())
-"""
 
 
 def imports_of(path: Path) -> set[str]:
@@ -74,7 +66,7 @@ def test_shared_code_imports_no_service_but_the_agents_client() -> None:
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)
 def test_starts_where_torch_is_not_installed(module: str) -> None:
-    code = f"{BLOCK_TORCH}\nimport {module}\nassert 'torch' not in sys.modules"
+    code = f"{HIDE_TORCH}\nimport sys, {module}\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 

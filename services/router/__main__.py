@@ -47,9 +47,9 @@ async def serve(settings: RouterSettings, process: Process) -> None:
     process.stack.push_async_callback(server.stop, settings.drain_seconds)
     await start_http(app, listener, process, settings.drain_seconds)
     await fleet.wait_connected()
-    await asyncio.to_thread(_warm_up, tokenizer)  # only now: the workers had more use for the cores
     host, port = listener.getsockname()[:2]
     process.ready(address=server.address, http=f"http://{f'[{host}]' if ':' in host else host}:{port}")
+    await asyncio.to_thread(_warm_up, tokenizer)  # only now: the workers had more use for the cores
 
 
 def _load(model: str | None) -> tuple[ModelFiles, Tokenizer | None, GenerationDefaults]:

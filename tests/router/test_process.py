@@ -18,19 +18,11 @@ import pytest
 from services.common.grpc import make_channel
 from services.pb import router_pb2, router_pb2_grpc
 from tests.support.fake_workers import FakeDecode, FakePrefill
+from tests.support.no_torch import HIDE_TORCH
 
 pytestmark = pytest.mark.timeout(60)
 
-NO_TORCH = """
-import sys
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "torchvision", "numba", "triton"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Block())
-from services.router.__main__ import main
-main()
-"""
+NO_TORCH = f"{HIDE_TORCH}\nfrom services.router.__main__ import main\nmain()"
 
 
 def test_never_imports_torch_where_it_is_installed() -> None:
