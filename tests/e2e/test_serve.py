@@ -283,8 +283,11 @@ def test_bench_serve_measures_the_endpoint(split: Serve, tmp_path: Path) -> None
     assert all(each["tpot_ms_p50"] > 0 and 0 < each["ttft_ms_p50"] <= each["ttft_ms_p99"] for each in figures)
 
 
-def test_aggregated_has_no_prefill_and_answers_the_same(split: Serve) -> None:
-    serve = Serve("--topology", "aggregated", "--api-key", "secret", *SMALL)
+def test_aggregated_has_no_prefill_and_answers_the_same(split: Serve, tmp_path: Path) -> None:
+    """Its options come from a file."""
+    config = tmp_path / "relevo.yaml"
+    config.write_text("topology: aggregated\napi-key: secret\ndtype: float32\nkv_cache_memory: 128MiB\nport: 1\n")
+    serve = Serve("--config", str(config))
     try:
         assert [child.name for child in serve.children] == ["decode-0", "router"]
         ask = {"model": MODEL, "prompt": LONG_PROMPT, "max_tokens": 16, "temperature": 0}
