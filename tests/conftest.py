@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 if TYPE_CHECKING:
     from tests.support.tiny_models import TinyModels
+
+# The same examples in every run: a red test is somebody's change. HYPOTHESIS_PROFILE=explore looks for new ones.
+hypothesis.settings.register_profile("relevo", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("explore", deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "relevo"))
 
 
 @pytest.fixture(scope="session")

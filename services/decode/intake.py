@@ -40,7 +40,10 @@ class Intake:
         _settle(self._source_address, source_agent_address)
 
     def first_token(self, token_id: int) -> None:
+        """Prefill has computed everything: what is still to come is on its way, and that takes no minutes."""
         _settle(self._first_token, token_id)
+        if self._fetching is not None:
+            self._fetching.reschedule(self._transfer_deadline())
 
     def compute_locally(self) -> None:
         """Stop waiting, for the blocks and for the token: go on with what has arrived."""
@@ -79,13 +82,19 @@ class Intake:
             names[num_cached_blocks:], reserved.block_ids[num_cached_blocks:], source_address
         )
         try:
-            async with asyncio.timeout(None) as self._fetching:
+            async with asyncio.timeout_at(self._transfer_deadline()) as self._fetching:
                 await receiving.run()
         except TimeoutError:
             logger.debug("stopped waiting for blocks", extra={"request_id": request.request_id})
         finally:
             self._fetching = None
         return num_cached_blocks + receiving.num_contiguous
+
+    def _transfer_deadline(self) -> float | None:
+        """In the loop's time; None while prefill computes: its queue may be long, and a writer that dies is noticed."""
+        if not self._first_token.done():
+            return None
+        return asyncio.get_running_loop().time() + self._worker.settings.transfer_timeout_seconds
 
 
 def _settle(future: asyncio.Future[str | None] | asyncio.Future[int | None], value: str | int | None) -> None:

@@ -27,9 +27,11 @@ class WorkerSettings(ServiceSettings):
     kv_agent: str = Field("", description="address of this host's KV transfer agent; empty: none, no split requests")
     attach_timeout_seconds: float = Field(30.0, gt=0, description="how long start-up waits for the KV agent")
     max_num_waiting: int = Field(512, ge=1, description="requests queued before new ones are refused")
-    fetch_timeout_seconds: float = Field(60.0, gt=0, description="how long announced KV blocks are awaited")
     handover_timeout_seconds: float = Field(
-        120.0, gt=0, description="how long a split request holds blocks while it waits for the other worker"
+        3600.0, gt=0, description="how long a split request may wait for the prefill worker, its queue included"
+    )
+    transfer_timeout_seconds: float = Field(
+        30.0, gt=0, description="how long KV blocks may be on their way after the first token; then they are computed"
     )
 
     def engine_config(self) -> EngineConfig:

@@ -34,7 +34,7 @@ class BlockReceiver:
         self.agent = agent
         self.kv_cache = worker.engine.kv_cache
         self.copier = worker.copier
-        self.timeout_seconds = worker.settings.fetch_timeout_seconds
+        self.timeout_seconds = worker.settings.handover_timeout_seconds
 
     def receive(self, names: Sequence[BlockHash], block_ids: Sequence[int], source_address: str) -> Receiving:
         """Take blocks, announced at source_address ("": our own agent), into these reserved places. See Receiving."""

@@ -214,6 +214,27 @@ async def test_prefill_that_gives_up_leaves_the_rest_to_decode(pair: FakePair) -
     assert ended.num_cached_tokens == 16
 
 
+async def test_blocks_that_stay_away_after_the_first_token_are_computed_here(agent: Agent) -> None:
+    """The writer lives and hangs. Before the first token there is no such limit: prefill's queue may be long."""
+    async with (
+        running_prefill(agent) as prefill,
+        running_decode(agent, transfer_timeout_seconds=0.1) as decode,
+        prefill_stream(prefill) as to_prefill,
+        decode_stream(decode) as to_decode,
+    ):
+        pair = FakePair(to_prefill, to_decode, agent, prefill, decode)
+        prefill.thread.pause()
+        await pair.fetch(await pair.submit(1, PROMPT))
+        prefill.thread.step_once()
+        await until(lambda: decode.engine.kv_cache.storage.any(axis=1).sum() == 4)
+        await pair.give_first_token(EXPECTED[0])
+        token_ids, ended = await to_decode.rest(1)
+        assert token_ids == EXPECTED[1:]
+        assert ended.num_cached_tokens == 16
+        prefill.thread.go()
+        await to_prefill.rest(1)
+
+
 @pytest.mark.parametrize("has_fetched", [False, True])
 async def test_first_token_that_never_comes_ends_with_deadline(agent: Agent, has_fetched: bool) -> None:
     async with (
