@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 from fastapi import APIRouter, FastAPI
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -17,6 +17,7 @@ from typing_extensions import TypedDict
 from relevo.core.errors import RelevoError, Unavailable
 from relevo.model_files import GenerationDefaults
 from relevo.tokenizer import Tokenizer
+from services.common.telemetry import render_metrics
 from services.router.generation import Dispatcher
 from services.router.http.body import body_route
 from services.router.http.chat import ChatReply, create_chat_completion, render_chat
@@ -177,6 +178,7 @@ def _operator_routes(serving: Serving) -> APIRouter:
     @router.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         """In Prometheus' text format."""
-        return Response(generate_latest(serving.metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
+        body, content_type = render_metrics(serving.metrics.registry)
+        return Response(body, headers={"content-type": content_type})
 
     return router
