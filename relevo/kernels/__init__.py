@@ -6,8 +6,9 @@ Importing this package imports neither torch nor numba; `load_backend` imports w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from relevo.kernels.metadata import AttentionMetadata
 
@@ -15,9 +16,26 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["BACKENDS", "AttentionMetadata", "Kernels", "load_backend"]
+__all__ = ["BACKENDS", "Activation", "AttentionMetadata", "Kernels", "PreparedLinear", "load_backend"]
 
 BACKENDS = ("auto", "reference", "cpu")
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+
+
+class PreparedLinear(Protocol):
+    """One or more linear layers of the same input, laid out for a backend's product; see `Kernels.prepare_linear`.
+
+    num_bytes: of the weights as they are kept
+    """
+
+    in_features: int
+    out_features: int
+    num_bytes: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [n, in_features], rows contiguous. Returns [n, out_features], x's dtype, contiguous."""
+        ...
 
 
 class Kernels(Protocol):
@@ -58,6 +76,71 @@ class Kernels(Protocol):
 
         A query at position p sees keys [max(0, p - sliding_window + 1), p], as in transformers. Logits are
         scaled, then softcap * tanh(logits / softcap), then masked. Keys that no query sees are not read.
+        """
+        ...
+
+    def prepare_linear(
+        self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], scales: Sequence[Tensor] | None = None
+    ) -> PreparedLinear:
+        """Make linear layers ready for products, as one: their outputs lie side by side.
+
+        weights: each [n_i, k], of one dtype: float32, bfloat16, float16, or int8 with scales
+        biases:  each [n_i] or None
+        scales:  each [n_i] float32: row j stands for weights[j] * scales[j]
+
+        The weights may be kept as they are or copied; the caller drops its own references either way.
+        """
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
+        """x / sqrt(mean(x²) + eps) * (weight + weight_offset) over the last dimension (Zhang & Sennrich 2019).
+
+        x:      [..., dim], up to three dimensions, the last contiguous
+        weight: [dim]
+        returns: x's shape and dtype, contiguous
+        """
+        ...
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """(rms_norm(sum), sum) of sum = x + residual, rounded to their dtype. All [n, dim], contiguous."""
+        ...
+
+    def rotary_store_kv(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        """Rotate queries and keys (Su et al. 2021, halves rotated as in Llama); write keys and values into the cache.
+
+        query, key, value, k_cache, v_cache, slot_mapping: as in store_kv and paged_attention
+        cos, sin: [num_tokens, rot_dim], rot_dim even and at most k_dim; what lies beyond rot_dim stays as it is
+        returns: the rotated query, [num_tokens, heads, k_dim], contiguous
+
+        Raises IndexError for a slot outside the cache.
+        """
+        ...
+
+    def gated_activation(self, x: Tensor, activation: Activation) -> Tensor:
+        """activation(x[:, :f]) * x[:, f:]; x: [n, 2 * f], contiguous. Returns [n, f], x's dtype."""
+        ...
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """[n, vocab] float32 to [n] int64; of equals the lowest id."""
+        ...
+
+    def top_k(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest of each row, descending, of equals the lowest id first. k <= vocab.
+
+        logits:  [n, vocab] float32
+        returns: values [n, k] float32, ids [n, k] int64
         """
         ...
 

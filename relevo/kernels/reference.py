@@ -1,14 +1,95 @@
-"""The oracle: paged attention in plain torch, one sequence at a time, on any device.
+"""The oracle: every kernel in plain torch, on any device; attention one sequence at a time.
 
 Computes in float32, or in float64 where the query is float64.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from relevo.kernels.metadata import AttentionMetadata
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+}
+
+
+class Linear:
+    """Weights as they are given, joined; see `Kernels.prepare_linear`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self.num_bytes = weight.numel() * weight.element_size()
+        self._weight = weight
+        self._bias = bias
+        self._scale = scale
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._scale is None:
+            return functional.linear(x, self._weight, self._bias)
+        output = functional.linear(_wide(x), _wide(self._weight).to(_wide(x).dtype)) * self._scale
+        return (output if self._bias is None else output + self._bias).to(x.dtype)
+
+
+def prepare_linear(
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None], scales: Sequence[Tensor] | None = None
+) -> Linear:
+    """Join the layers; see `Kernels.prepare_linear`."""
+    weight = weights[0] if len(weights) == 1 else torch.cat(list(weights))
+    return Linear(weight, _joined_biases(weights, biases), None if scales is None else torch.cat(list(scales)))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
+    """See `Kernels.rms_norm`."""
+    wide = _wide(x)
+    normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return (normed * (weight.to(wide.dtype) + weight_offset)).to(x.dtype).contiguous()
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """See `Kernels.add_rms_norm`."""
+    total = x + residual
+    return rms_norm(total, weight, eps, weight_offset), total
+
+
+def rotary_store_kv(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+) -> Tensor:
+    """See `Kernels.rotary_store_kv`."""
+    store_kv(_rotate(key, cos, sin), value, k_cache, v_cache, slot_mapping)
+    return _rotate(query, cos, sin).contiguous()
+
+
+def gated_activation(x: Tensor, activation: str) -> Tensor:
+    """See `Kernels.gated_activation`."""
+    gate, up = _wide(x).chunk(2, dim=-1)
+    return (_ACTIVATIONS[activation](gate) * up).to(x.dtype)
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """See `Kernels.argmax`."""
+    return top_k(logits, 1)[1].squeeze(1)
+
+
+def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """See `Kernels.top_k`."""
+    values, ids = logits.sort(dim=-1, descending=True, stable=True)
+    return values[:, :k].contiguous(), ids[:, :k].contiguous()
 
 
 def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -55,6 +136,29 @@ def paged_attention(
 
 def warm_up(dtype: torch.dtype) -> None:
     """Nothing to compile."""
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _joined_biases(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
+    given = next((bias for bias in biases if bias is not None), None)
+    if given is None:
+        return None
+    return torch.cat(
+        [given.new_zeros(len(weight)) if bias is None else bias for weight, bias in zip(weights, biases, strict=True)]
+    )
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[num_tokens, heads, dim] rotated by [num_tokens, rot_dim]."""
+    wide = _wide(x)
+    rotated, rest = wide[..., : cos.shape[-1]], wide[..., cos.shape[-1] :]
+    left, right = rotated.chunk(2, dim=-1)
+    turned = torch.cat((-right, left), dim=-1)
+    cos, sin = cos.to(wide.dtype).unsqueeze(1), sin.to(wide.dtype).unsqueeze(1)
+    return torch.cat((rotated * cos + turned * sin, rest), dim=-1).to(x.dtype)
 
 
 def _context(cache: Tensor, block_ids: Tensor, begin: int, end: int) -> Tensor:

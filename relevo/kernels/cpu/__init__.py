@@ -23,6 +23,28 @@ from relevo.kernels.cpu.records import PROBLEM, WORK, Problem
 from relevo.kernels.cpu.simd import BFLOAT16, FLOAT16, FLOAT32
 from relevo.kernels.cpu.store import Lines, scatter
 from relevo.kernels.metadata import AttentionMetadata
+from relevo.kernels.reference import (
+    add_rms_norm,
+    argmax,
+    gated_activation,
+    prepare_linear,
+    rms_norm,
+    rotary_store_kv,
+    top_k,
+)
+
+__all__ = [
+    "add_rms_norm",
+    "argmax",
+    "gated_activation",
+    "paged_attention",
+    "prepare_linear",
+    "rms_norm",
+    "rotary_store_kv",
+    "store_kv",
+    "top_k",
+    "warm_up",
+]
 
 ELEMENTS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 NO_WINDOW = 1 << 40
