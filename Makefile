@@ -1,6 +1,7 @@
 # make serve   set up if needed, then serve the demo model (MODEL=… PORT=… ARGS="…" for more)
 # make test    set up if needed, then run every test
 # make check   what CI checks: style, types, import law, generated code
+# make bench-peers   Relevo and its peers, alternately, on these cores (PEERS=… ROUNDS=… DTYPE=… SHAPE=…)
 # make setup   the virtual environment with everything; the others call it
 
 MODEL ?=
@@ -9,9 +10,16 @@ ARGS  ?=
 # Workers of the test run. Two cores are enough; a test that times something runs alone in any case.
 JOBS  ?= 2
 
+# What bench-peers compares, how often, and with which weights. RELEVO="…": more options for our own side.
+PEERS  ?= vllm,openvino
+ROUNDS ?= 3
+DTYPE  ?= float32
+SHAPE  ?= bench/shapes/qwen2.5-0.5b
+RELEVO ?=
+
 PYTHON := .venv/bin/python
 
-.PHONY: setup serve test check protos format clean
+.PHONY: setup serve test check bench-peers protos format clean
 
 setup: .venv/.complete
 
@@ -30,6 +38,9 @@ check: setup
 	$(PYTHON) -m mypy
 	./scripts/check_protos.sh
 	$(PYTHON) -m pytest tests/test_import_law.py
+
+bench-peers: setup
+	$(PYTHON) -m bench.peers.compare --peers="$(PEERS)" --rounds $(ROUNDS) --dtype $(DTYPE) --shape $(SHAPE) --relevo="$(RELEVO)"
 
 protos: setup
 	./scripts/protos.sh

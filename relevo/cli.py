@@ -1,4 +1,4 @@
-"""The command line: relevo serve, relevo bench."""
+"""The command line: relevo serve, relevo inspect, relevo bench."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ import yaml
 from relevo import __version__
 from relevo.bench.cli import app as bench_app
 from relevo.core.errors import RelevoError, StartupError
-from relevo.core.sizes import parse_size
+from relevo.engine_options import EngineOptions, parse_size_option, takes_engine_options, worker_flags
+from relevo.kv import app as kv_app
 from relevo.model_files import resolve_model
 from relevo.stack import Stack, StackConfig
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.add_typer(bench_app, name="bench")
+app.add_typer(kv_app, name="kv")
 
 
 def main() -> None:
@@ -68,19 +70,14 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def _size(value: str | int) -> int:
-    try:
-        return parse_size(value)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
 @app.command()
+@takes_engine_options
 def serve(
     model: Annotated[
         str | None, typer.Argument(help="Hugging Face id or local folder; nothing: the bundled demo model")
     ] = None,
     *,
+    engine: EngineOptions,
     config: Annotated[
         Path | None,
         typer.Option(callback=_read_config, is_eager=True, help="YAML file with these options; the command line wins"),
@@ -96,28 +93,24 @@ def serve(
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="name that clients use; may be repeated. Default: MODEL")
     ] = None,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="of weights, activations and KV")
-    ] = "auto",
-    max_model_len: Annotated[
-        int | None, typer.Option(min=1, help="tokens of prompt and output together. Default: the model's")
-    ] = None,
-    block_size: Annotated[int, typer.Option(min=1, help="tokens in a KV block")] = 16,
-    kv_cache_memory: Annotated[str, typer.Option(metavar="SIZE", help="KV cache of each worker")] = "1GiB",
     kv_arena: Annotated[str, typer.Option(metavar="SIZE", help="shared memory for blocks on their way")] = "256MiB",
-    max_num_seqs: Annotated[int, typer.Option(min=1, help="requests computed at the same time, per worker")] = 64,
-    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="tokens computed in one step")] = 512,
-    load_format: Annotated[
-        Literal["auto", "dummy"], typer.Option(help="dummy: random weights from config.json alone")
-    ] = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="of dummy weights")] = 0,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="where workers compute")] = "auto",
-    attention_backend: Annotated[
-        Literal["auto", "reference", "cpu"], typer.Option(help="kernels: plain torch, or numba for the CPU")
-    ] = "auto",
-    api_key: Annotated[
-        str | None, typer.Option(envvar="RELEVO_API_KEY", help="clients must send it as a bearer token")
+    kv_disk: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="directory that keeps blocks beyond that, and over restarts")
     ] = None,
+    kv_disk_bytes: Annotated[str, typer.Option(metavar="SIZE", help="bound on what is kept there")] = "10GiB",
+    kv_redis: Annotated[
+        str | None, typer.Option(metavar="URL", help="Redis that keeps blocks; with a password: in RELEVO_KV_REDIS")
+    ] = None,
+    take_turns: Annotated[
+        bool, typer.Option(help="several workers on the CPU compute one at a time, each with all threads")
+    ] = True,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="RELEVO_API_KEY", help="clients must send it as a bearer token; several: k1,k2"),
+    ] = None,
+    salt_by_api_key: Annotated[
+        bool, typer.Option(help="cached blocks are shared only by requests with the same API key")
+    ] = False,
     drain_seconds: Annotated[float, typer.Option(min=0, help="how long running requests may go on at shutdown")] = 10.0,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(help="of all processes")
@@ -126,7 +119,7 @@ def serve(
     """Serve MODEL on an OpenAI-compatible endpoint; starts all processes on this machine, Ctrl-C stops them."""
     started = time.monotonic()
     # Downloaded here, once, and not by each process; an unknown model ends it now.
-    files = resolve_model(model, weights=load_format != "dummy")
+    files = resolve_model(model, weights=engine["load_format"] != "dummy")
     stack_config = StackConfig(
         model=model,
         host=host,
@@ -134,23 +127,21 @@ def serve(
         num_prefill=prefill,
         num_decode=decode,
         topology=topology,
-        kv_arena=str(_size(kv_arena)),
+        kv_arena=str(parse_size_option("--kv-arena", kv_arena)),
+        agent_options={
+            "kv-disk": "" if kv_disk is None else str(kv_disk.absolute()),
+            "kv-disk-bytes": str(parse_size_option("--kv-disk-bytes", kv_disk_bytes)),
+            "kv-redis": kv_redis or "",
+        },
         api_key=api_key,
         log_level=log_level,
         drain_seconds=drain_seconds,
-        worker_options={
-            "dtype": dtype,
-            "max-model-len": "" if max_model_len is None else str(max_model_len),
-            "block-size": str(block_size),
-            "kv-cache-memory": str(_size(kv_cache_memory)),
-            "max-num-seqs": str(max_num_seqs),
-            "max-num-batched-tokens": str(max_num_batched_tokens),
-            "load-format": load_format,
-            "seed": str(seed),
-            "device": device,
-            "attention-backend": attention_backend,
+        take_turns=take_turns,
+        worker_options=worker_flags(engine),
+        router_options={
+            "served-model-name": ",".join(served_model_name or []),
+            "salt-by-api-key": salt_by_api_key,
         },
-        router_options={"served-model-name": ",".join(served_model_name or [])},
     )
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started this in the background, ignoring SIGINT
         signal.signal(number, _interrupt)
@@ -166,6 +157,32 @@ def serve(
     raise StartupError(
         f"{child.name} (pid {child.pid}) ended with exit code {child.process.returncode}; stopped the rest"
     )
+
+
+@app.command()
+@takes_engine_options
+def inspect(
+    model: Annotated[
+        str | None, typer.Argument(help="Hugging Face id or local folder; nothing: the bundled demo model")
+    ] = None,
+    *,
+    engine: EngineOptions,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Load MODEL and print its parameters, its KV cache, and which passes apply to which of its modules."""
+    try:
+        from rich.console import Console
+
+        from relevo.engine.config import EngineConfig
+        from relevo.inspection import inspect_model, print_inspection
+    except ModuleNotFoundError as error:
+        raise StartupError(f"relevo inspect needs {error.name}: pip install 'relevo[engine]'") from error
+
+    found = inspect_model(EngineConfig(model=model, **engine))
+    if as_json:
+        print(found.as_json())
+    else:
+        print_inspection(found, Console())
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

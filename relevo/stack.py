@@ -20,12 +20,17 @@ from relevo.core.errors import StartupError
 
 Topology = Literal["disaggregated", "aggregated"]
 
+WORKERS = ("prefill", "decode")
 STOP_MARGIN_SECONDS = 7.0  # beyond a child's own drain, before it is killed
 
 
 @dataclass(frozen=True, kw_only=True)
 class StackConfig:
-    """worker_options: flags of prefill and decode workers, e.g. {"block-size": "16"}; router_options likewise."""
+    """worker_options: flags of prefill and decode workers, e.g. {"block-size": "16", "passes": True}; agent_options and
+    router_options likewise.
+
+    take_turns: several workers that compute on the CPU do so one at a time, each with all cores (docs/adr/0007)
+    """
 
     model: str | None = None
     host: str = "127.0.0.1"
@@ -38,8 +43,10 @@ class StackConfig:
     log_level: str = "warning"
     drain_seconds: float = 10.0
     start_seconds: float = 600.0
-    worker_options: Mapping[str, str] = field(default_factory=dict)
-    router_options: Mapping[str, str] = field(default_factory=dict)
+    take_turns: bool = True
+    agent_options: Mapping[str, str | bool] = field(default_factory=dict)
+    worker_options: Mapping[str, str | bool] = field(default_factory=dict)
+    router_options: Mapping[str, str | bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +69,7 @@ class Stack:
         self.children: list[Child] = []  # in order of start; stopped in reverse
         self._lifeline_read, self._lifeline_write = os.pipe()
         self._ready_fds: dict[int, Child] = {}
+        self._turns_fd: int | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -74,6 +82,8 @@ class Stack:
         finally:
             os.close(self._lifeline_read)
             os.close(self._lifeline_write)
+            if self._turns_fd is not None:
+                os.close(self._turns_fd)
 
     @property
     def endpoint(self) -> str:
@@ -90,8 +100,11 @@ class Stack:
         ports = dict(zip(names, _free_ports(len(names)), strict=True))
         address = {name: f"127.0.0.1:{port}" for name, port in ports.items()}
 
+        if self.config.take_turns and len(prefill_names + decode_names) > 1 and hasattr(os, "memfd_create"):
+            self._turns_fd = os.memfd_create("turns", os.MFD_CLOEXEC)
         if split:
-            self._spawn("kvtransfer", "kvtransfer", ports["kvtransfer"], {"kv-arena": self.config.kv_arena})
+            agent_options = {"kv-arena": self.config.kv_arena, **self.config.agent_options}
+            self._spawn("kvtransfer", "kvtransfer", ports["kvtransfer"], agent_options)
         for role, worker_names in (("prefill", prefill_names), ("decode", decode_names)):
             for name in worker_names:
                 options = {**self.config.worker_options, "worker-id": name, "kv-agent": address.get("kvtransfer", "")}
@@ -120,16 +133,16 @@ class Stack:
 
     def stop(self) -> None:
         """Router first: nothing new comes in; then the workers together; the agent last. Bounded; kills what hangs."""
-        for roles in (("router",), ("prefill", "decode"), ("kvtransfer",)):
+        for roles in (("router",), WORKERS, ("kvtransfer",)):
             self._stop([child for child in self.children if child.role in roles])
         self.children.clear()
         for fd in self._ready_fds:
             os.close(fd)
         self._ready_fds.clear()
 
-    def _spawn(self, role: str, name: str, port: int, options: Mapping[str, str]) -> None:
+    def _spawn(self, role: str, name: str, port: int, options: Mapping[str, str | bool]) -> None:
         ready_read, ready_write = os.pipe()
-        flags = {
+        flags: dict[str, str | bool] = {
             **options,
             "port": str(port),
             "ready-fd": str(ready_write),
@@ -139,13 +152,17 @@ class Stack:
         }
         if role != "kvtransfer" and self.config.model is not None:
             flags["model"] = self.config.model
+        inherited = [ready_write, self._lifeline_read]
+        if role in WORKERS and self._turns_fd is not None:
+            flags["turn-file"] = f"/proc/self/fd/{self._turns_fd}"
+            inherited.append(self._turns_fd)
         command = [sys.executable, "-m", f"services.{role}"]
-        command += [f"--{flag}={value}" for flag, value in flags.items() if value != ""]
+        command += [_argument(flag, value) for flag, value in flags.items() if value != ""]
         try:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
-                pass_fds=(ready_write, self._lifeline_read),
+                pass_fds=inherited,
                 # Out of the terminal's process group: Ctrl-C reaches the launcher alone, which stops them in order.
                 start_new_session=True,
                 env=self._environment(role),
@@ -163,14 +180,9 @@ class Stack:
         environment = dict(os.environ)
         if self.config.api_key is not None and role == "router":
             environment["RELEVO_API_KEY"] = self.config.api_key  # not a flag: flags show in `ps`
-        if role in ("prefill", "decode"):
-            # glibc gives big temporaries back to the kernel and faults them in again, at every layer of every step.
-            environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
-            environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(4 << 30))
-            environment.setdefault("MALLOC_TOP_PAD_", str(64 << 20))
-            if self.config.topology == "disaggregated" or self.config.num_decode > 1:
-                # Workers share the cores: an idle thread of one must not spin on the other's.
-                environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        if role in WORKERS and (self.config.topology == "disaggregated" or self.config.num_decode > 1):
+            # Workers share the cores: an idle thread of one must not spin on the other's.
+            environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         return environment
 
     def _await_ready(self) -> None:
@@ -203,6 +215,12 @@ class Stack:
                 if child.process.poll() is None:
                     child.process.kill()
                     child.process.wait()
+
+
+def _argument(flag: str, value: str | bool) -> str:
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag}={value}"
 
 
 def _read_ready_line(fd: int, child: Child) -> None:

@@ -34,6 +34,12 @@ python=$(find_python)
 echo "setup: installing Relevo and what it needs into .venv (a few minutes the first time)"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[engine,dev]'
 echo "setup: compiling the CPU kernels (once)"
-.venv/bin/python -c 'import torch; from relevo.kernels import load_backend; load_backend("cpu", "cpu").warm_up(torch.float32)'
+.venv/bin/python - <<'PYTHON'
+import torch
+from relevo.kernels import load_backend
+
+for dtype in (torch.float32, torch.bfloat16):
+    load_backend("cpu", "cpu").warm_up(dtype)
+PYTHON
 touch .venv/.complete
 echo "setup: done"

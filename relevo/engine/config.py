@@ -11,6 +11,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
 Device = Literal["auto", "cpu", "cuda"]
 AttentionBackend = Literal["auto", "reference", "cpu"]
+Quantization = Literal["none", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,10 @@ class EngineConfig:
     max_num_seqs: requests computed at the same time
     max_num_batched_tokens: tokens computed in one step
     load_format: dummy makes random weights from config.json alone, by `seed`
+    passes: replace modules of transformers by faster ones that were shown to be equal
+    quantization: of the weights, while loading; int8 halves what a decoded token has to read
+    threads: that compute on a CPU; None: as many as there are cores for this process
+    turn_file: shared by the engines of a host that compute one at a time, each with all cores; see Turns
     """
 
     model: str | None = None
@@ -38,9 +43,20 @@ class EngineConfig:
     seed: int = 0
     device: Device = "auto"
     attention_backend: AttentionBackend = "auto"
+    passes: bool = True
+    quantization: Quantization = "none"
+    threads: int | None = None
+    turn_file: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "kv_cache_memory", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+        for name in (
+            "block_size",
+            "kv_cache_memory",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_model_len",
+            "threads",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise StartupError(f"{name} must be at least 1, not {value}")

@@ -5,21 +5,26 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import psutil
 import torch
 
+from relevo.allocator import keep_freed_memory
 from relevo.core.block_hash import root_hash
 from relevo.core.block_pool import BlockPool
 from relevo.core.errors import InvalidRequest, StartupError
 from relevo.core.request import FinishReason, Request
 from relevo.core.sampling_params import SamplingParams
 from relevo.core.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
+from relevo.core.step_times import StepTimes
 from relevo.engine.config import EngineConfig, EngineInfo
 from relevo.engine.kv_cache import KVCache
 from relevo.engine.model_runner import ModelRunner
 from relevo.engine.sampler import SampledToken, Sampler
 from relevo.engine.step_result import Computed, EndedRequest, EngineLoad, NewTokens, Reserved, StepResult
+from relevo.engine.threads import set_num_threads
+from relevo.engine.turns import Turns
 from relevo.kernels import load_backend
 from relevo.model_files import generation_defaults, resolve_model
 from relevo.models.layout import KVLayout
@@ -36,6 +41,7 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         files = resolve_model(config.model, weights=config.load_format != "dummy")
         device = _choose_device(config.device)
+        set_num_threads(config.threads)
         kernels = load_backend(config.attention_backend, device.type)
         model = load_model(
             files,
@@ -44,7 +50,10 @@ class Engine:
             load_format=config.load_format,
             seed=config.seed,
             kernels=kernels,
+            passes=config.passes,
+            quantization=config.quantization,
         )
+        keep_freed_memory()
         layout = KVLayout(layers=model.layout_layers, dtype=model.dtype, block_size=config.block_size)
         num_blocks = _num_blocks(config, layout, device)
         max_model_len = _max_model_len(config, model.max_model_len, num_blocks)
@@ -65,10 +74,12 @@ class Engine:
             SchedulerConfig(config.max_num_seqs, config.max_num_batched_tokens, config.block_size),
             BlockPool(num_blocks),
         )
-        self._runner = ModelRunner(model, self.kv_cache, kernels, Sampler(model.vocab_size, device), eos_token_ids)
+        sampler = Sampler(model.vocab_size, device, kernels)
+        self._runner = ModelRunner(model, self.kv_cache, kernels, sampler, eos_token_ids)
+        self._turns = Turns(config.turn_file) if config.turn_file and device.type == "cpu" else nullcontext()
         self._cancelled: list[EndedRequest] = []
         self._prefill_tokens_per_second = 0.0
-        self._step_seconds = 0.0
+        self._step_times = StepTimes()
         self._warm_up()
 
     def make_request(
@@ -138,7 +149,11 @@ class Engine:
     def step(self) -> StepResult:
         output = self.scheduler.schedule()
         started = time.perf_counter()
-        sampled = self._runner.run(output.scheduled) if output.scheduled else {}
+        sampled = {}
+        if output.scheduled:
+            with self._turns:
+                sampled = self._runner.run(output.scheduled)
+        # Waiting for a turn counts: so long does a step take here.
         self._measure(output, time.perf_counter() - started)
         ended = self.scheduler.update(output, {name: token.token_id for name, token in sampled.items()})
         return self._result(output, sampled, ended)
@@ -152,7 +167,8 @@ class Engine:
             num_waiting_tokens=sum(request.num_uncomputed_tokens for request in unfinished),
             num_free_blocks=scheduler.pool.num_free_blocks,
             prefill_tokens_per_second=self._prefill_tokens_per_second,
-            step_seconds=self._step_seconds,
+            step_seconds=self._step_times.step_seconds,
+            step_seconds_per_request=self._step_times.step_seconds_per_request,
         )
 
     def _result(self, output: SchedulerOutput, sampled: dict[str, SampledToken], ended: list[Request]) -> StepResult:
@@ -189,7 +205,7 @@ class Engine:
             rate = output.num_scheduled_tokens / seconds
             self._prefill_tokens_per_second = _mean(self._prefill_tokens_per_second, rate)
         elif output.num_scheduled_tokens == len(output.scheduled):
-            self._step_seconds = _mean(self._step_seconds, seconds)
+            self._step_times.add(len(output.scheduled), seconds)
 
     def _warm_up(self) -> None:
         """Compute a few tokens, so that the first request doesn't pay for what is set up lazily."""
@@ -200,7 +216,8 @@ class Engine:
         while self.has_unfinished_requests:
             self.step()
         self.scheduler = Scheduler(self.scheduler.config, BlockPool(self.info.num_blocks))
-        self._prefill_tokens_per_second = self._step_seconds = 0.0
+        self._prefill_tokens_per_second = 0.0
+        self._step_times = StepTimes()
         logger.debug("warm-up took %.2f s", time.perf_counter() - started)
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from relevo.core.errors import RelevoError
 from relevo.core.sampling_params import SamplingParams
-from relevo.engine.sampling_math import draw, filtered_weights, uniform
+from relevo.engine.sampling_math import uniform
+from relevo.kernels import Kernels
 
 GREEDY_TEMPERATURE = 1e-5  # below it, as at 0, only the likeliest token is left
-DRAW_ELEMENTS = 1 << 18  # rows × vocabulary drawn from at once: bounds the temporaries, and keeps them near the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,9 @@ class BadLogits(RelevoError):
 class Sampler:
     """Chooses one token a row. A row's token depends on that row alone: not on the batch, its order or the process."""
 
-    def __init__(self, vocab_size: int, device: torch.device | str) -> None:
+    def __init__(self, vocab_size: int, device: torch.device | str, kernels: Kernels) -> None:
         self.vocab_size = vocab_size
+        self.kernels = kernels
         self.device = torch.device(device)
 
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
@@ -82,16 +83,18 @@ class Sampler:
         if not rows:
             return []
         processed = self._process(logits, rows)
-        chosen = processed.argmax(dim=-1)
+        chosen = self.kernels.argmax(processed)
         # argmax takes a NaN for the largest, so that its value tells whether the row can be used.
         usable: list[bool] = processed.gather(1, chosen.unsqueeze(1)).isfinite().squeeze(1).tolist()
         if not all(usable):
             raise BadLogits([i for i, ok in enumerate(usable) if not ok])
-        for indices in _groups(rows):
-            for part in _parts(indices, max(1, DRAW_ELEMENTS // self.vocab_size)):
-                chosen[part] = _draw_rows(processed[part], [rows[i] for i in part])
+        drawn = [i for i, row in enumerate(rows) if not _is_greedy(row.sampling)]
+        if len(drawn) == len(rows):
+            chosen = self._draw(processed, rows)
+        elif drawn:
+            chosen[drawn] = self._draw(processed[drawn], [rows[i] for i in drawn])
         token_ids: list[int] = chosen.tolist()
-        logprobs = _logprobs(logits, rows, token_ids)
+        logprobs = self._logprobs(logits, rows, token_ids)
         return [SampledToken(token_id, logprobs.get(i)) for i, token_id in enumerate(token_ids)]
 
     def _process(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
@@ -124,6 +127,37 @@ class Sampler:
             logits[seen] -= sampling.frequency_penalty * counts.to(self.device, torch.float32)
             logits[seen] -= sampling.presence_penalty
 
+    def _draw(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+        params = [row.sampling for row in rows]
+        return self.kernels.sample(
+            logits,
+            temperature=[p.temperature for p in params],
+            min_p=[p.min_p for p in params],
+            top_k=[p.top_k for p in params],
+            top_p=[p.top_p for p in params],
+            uniforms=[_uniform(row) for row in rows],
+        )
+
+    def _logprobs(self, logits: Tensor, rows: Sequence[SamplingRow], token_ids: list[int]) -> dict[int, TokenLogprobs]:
+        """By row index, for the rows that want them."""
+        wanted = {i: k for i, row in enumerate(rows) if (k := row.sampling.logprobs) is not None}
+        if not wanted:
+            return {}
+        if len(wanted) < len(rows):
+            logits = logits[list(wanted)]
+        ids = self._ids([token_ids[i] for i in wanted]).unsqueeze(1)
+        largest = min(max(wanted.values()), self.vocab_size)
+        if largest:
+            ids = torch.cat((ids, self.kernels.top_k(logits, largest)[1]), dim=1)
+        values, likelier = self.kernels.score(logits, ids)
+        scored = zip(wanted.items(), ids.tolist(), values.tolist(), likelier.tolist(), strict=True)
+        return {
+            i: TokenLogprobs(
+                Logprob(row_ids[0], row_values[0], 1 + row_likelier), _ranked(row_values[1:], row_ids[1:], k)
+            )
+            for (i, k), row_ids, row_values, row_likelier in scored
+        }
+
     def _ids(self, token_ids: Sequence[int]) -> Tensor:
         return torch.tensor(token_ids, dtype=torch.int64, device=self.device)
 
@@ -141,61 +175,16 @@ def _changes_logits(row: SamplingRow) -> bool:
     return bool(row.sampling.logit_bias) or row.sampling.needs_penalties or _below_min_tokens(row)
 
 
-def _groups(rows: Sequence[SamplingRow]) -> list[list[int]]:
-    """Indices of the rows to draw for, those that need the same filters together: nobody pays for a neighbour's."""
-    groups: dict[tuple[bool, bool, bool], list[int]] = {}
-    for i, row in enumerate(rows):
-        sampling = row.sampling
-        if not _is_greedy(sampling):
-            key = (sampling.min_p > 0.0, sampling.top_k > 0, sampling.top_p < 1.0)
-            groups.setdefault(key, []).append(i)
-    return list(groups.values())
-
-
-def _parts(indices: list[int], size: int) -> list[list[int]]:
-    return [indices[start : start + size] for start in range(0, len(indices), size)]
-
-
-def _draw_rows(logits: Tensor, rows: list[SamplingRow]) -> Tensor:
-    """Rows of one group: what the first filters, all do."""
-    params = [row.sampling for row in rows]
-    first = params[0]
-    weights = filtered_weights(
-        logits,
-        temperature=[p.temperature for p in params],
-        min_p=[p.min_p for p in params] if first.min_p > 0.0 else None,
-        top_k=[p.top_k for p in params] if first.top_k > 0 else None,
-        top_p=[p.top_p for p in params] if first.top_p < 1.0 else None,
-    )
-    return draw(weights, [_uniform(row) for row in rows])
-
-
 def _uniform(row: SamplingRow) -> float:
     seed = row.sampling.seed
     assert seed is not None, "a request's seed is set where it enters the system"
     return uniform(seed, len(row.token_ids))
 
 
-def _logprobs(logits: Tensor, rows: Sequence[SamplingRow], token_ids: list[int]) -> dict[int, TokenLogprobs]:
-    """By row index, for the rows that want them."""
-    wanted = {i: k for i, row in enumerate(rows) if (k := row.sampling.logprobs) is not None}
-    if not wanted:
-        return {}
-    values = logits[list(wanted)].log_softmax(dim=-1)
-    ids = torch.tensor([token_ids[i] for i in wanted], device=logits.device).unsqueeze(1)
-    chosen = values.gather(1, ids)
-    chosen_values: list[float] = chosen.squeeze(1).tolist()
-    ranks: list[int] = ((values > chosen).sum(dim=-1) + 1).tolist()
-    top = values.topk(min(max(wanted.values()), logits.shape[1]), dim=-1)
-    top_values, top_ids = top.values.tolist(), top.indices.tolist()
-    result = {}
-    for at, (i, k) in enumerate(wanted.items()):
-        likeliest = sorted(zip(top_values[at], top_ids[at], strict=True), key=lambda pair: (-pair[0], pair[1]))[:k]
-        result[i] = TokenLogprobs(
-            Logprob(token_ids[i], chosen_values[at], ranks[at]),
-            tuple(
-                Logprob(token_id, value, 1 + sum(other > value for other, _ in likeliest))
-                for value, token_id in likeliest
-            ),
-        )
-    return result
+def _ranked(values: list[float], token_ids: list[int], count: int) -> tuple[Logprob, ...]:
+    """The first `count` of what is in descending order; equals share a rank."""
+    ranked: list[Logprob] = []
+    for at, (value, token_id) in enumerate(zip(values[:count], token_ids, strict=False)):
+        rank = ranked[-1].rank if ranked and ranked[-1].logprob == value else at + 1
+        ranked.append(Logprob(token_id, value, rank))
+    return tuple(ranked)

@@ -50,7 +50,8 @@ class EngineLoad:
     num_waiting_tokens: int = 0  # known and not computed, of all requests
     num_free_blocks: int = 0
     prefill_tokens_per_second: float = 0.0
-    step_seconds: float = 0.0
+    step_seconds: float = 0.0  # of steps without prompts
+    step_seconds_per_request: float = 0.0  # what one more request in the batch adds to such a step
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,12 @@ class PreparedLinear(Protocol):
 
 
 class Kernels(Protocol):
-    """What every backend module offers."""
+    """What every backend module offers.
+
+    WIDENS_16_BITS: products with weights of 16 bits are as fast as with float32, whatever the CPU
+    """
+
+    WIDENS_16_BITS: bool
 
     def store_kv(self, key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
         """Write a step's keys and values into the cache.
@@ -141,6 +146,35 @@ class Kernels(Protocol):
 
         logits:  [n, vocab] float32
         returns: values [n, k] float32, ids [n, k] int64
+        """
+        ...
+
+    def sample(
+        self,
+        logits: Tensor,
+        temperature: Sequence[float],
+        min_p: Sequence[float],
+        top_k: Sequence[int],
+        top_p: Sequence[float],
+        uniforms: Sequence[float],
+    ) -> Tensor:
+        """Draw a token from each row: temperature, then min_p, top_k, top_p as in `sampling.filtered_weights`.
+
+        logits:   [n, vocab] float32, each row's maximum finite
+        uniforms: a number in [0, 1) a row, at which its cumulative distribution in the order of ids is inverted
+        the rest: one value a row; min_p 0, top_k 0 and top_p 1 leave a row as it is
+        returns:  ids, [n] int64
+
+        A row's token depends on that row alone. Probabilities may differ between backends by a few roundings.
+        """
+        ...
+
+    def score(self, logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of some tokens of each row, and how many tokens are likelier.
+
+        logits:    [n, vocab] float32
+        token_ids: [n, m] int64
+        returns:   log-probabilities [n, m] float32; [n] int64, how many logits exceed that of the row's first token
         """
         ...
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,8 @@ class AttentionMetadata:
     seq_lens:     [num_seqs] int32; tokens of context, this step's included
     cu_seqlens_q: [num_seqs + 1] int32; sequence i's tokens in this step are [cu[i], cu[i + 1])
 
-    All on the engine's device. A sequence's queries are the last tokens of its context.
+    All on the engine's device. A sequence's queries are the last tokens of its context. Nothing of this changes once
+    attention has seen it: `plans` is where a backend keeps what it worked out, for the layers that follow.
     """
 
     block_table: Tensor
@@ -27,3 +28,4 @@ class AttentionMetadata:
     cu_seqlens_q: Tensor
     max_query_len: int
     max_seq_len: int
+    plans: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)

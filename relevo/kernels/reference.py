@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from relevo.kernels.metadata import AttentionMetadata
+from relevo.kernels.sampling import sample as sample
+
+WIDENS_16_BITS = False
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -42,7 +45,7 @@ def prepare_linear(
 ) -> Linear:
     """Join the layers; see `Kernels.prepare_linear`."""
     weight = weights[0] if len(weights) == 1 else torch.cat(list(weights))
-    return Linear(weight, _joined_biases(weights, biases), None if scales is None else torch.cat(list(scales)))
+    return Linear(weight, joined_biases(weights, biases), None if scales is None else torch.cat(list(scales)))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
@@ -90,6 +93,12 @@ def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """See `Kernels.top_k`."""
     values, ids = logits.sort(dim=-1, descending=True, stable=True)
     return values[:, :k].contiguous(), ids[:, :k].contiguous()
+
+
+def score(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """See `Kernels.score`."""
+    likelier = (logits > logits.gather(1, token_ids[:, :1])).sum(dim=-1)
+    return logits.log_softmax(dim=-1).gather(1, token_ids), likelier
 
 
 def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -142,7 +151,8 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _joined_biases(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
+def joined_biases(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
+    """Side by side, zeros where a layer has none; None if no layer has any."""
     given = next((bias for bias in biases if bias is not None), None)
     if given is None:
         return None

@@ -53,6 +53,34 @@ class Attention(Protocol):
         ...
 
 
+class RotaryAttention(Attention, Protocol):
+    """What it also offers to modules that passes put in."""
+
+    def attend_rotary(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        layer_idx: int,
+        scale: float,
+        sliding_window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Attention of one layer, before the rotary embedding of its queries and keys.
+
+        query:    [num_tokens, heads, k_dim]
+        key:      [num_tokens, kv_heads, k_dim]
+        value:    [num_tokens, kv_heads, v_dim]
+        cos, sin: [num_tokens, rot_dim], see Kernels.rotary_store_kv
+        returns:  [num_tokens, heads, v_dim]
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionContext:
     """A step's batch, the cache it reads and writes, and the kernels that do so.
@@ -94,6 +122,35 @@ class AttentionContext:
             softcap=softcap,
             sinks=sinks,
         ).unsqueeze(0)
+
+    def attend_rotary(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        layer_idx: int,
+        scale: float,
+        sliding_window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Rotate, store and attend; see `RotaryAttention.attend_rotary`."""
+        k_cache, v_cache = self.layers[layer_idx]
+        kernels, metadata = self.kernels, self.metadata
+        rotated = kernels.rotary_store_kv(query, key, value, cos, sin, k_cache, v_cache, metadata.slot_mapping)
+        return kernels.paged_attention(
+            rotated,
+            k_cache,
+            v_cache,
+            metadata,
+            scale=scale,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=sinks,
+        )
 
 
 def register_attention() -> None:

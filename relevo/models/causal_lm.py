@@ -8,30 +8,38 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from relevo.core.block_hash import LayerShape
 from relevo.models.attention import Attention, AttentionContext
+from relevo.models.passes import PassRecord
 from relevo.models.probe import LayerAttention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CausalLM:
-    """layers: one entry a decoder layer: heads, shape of its KV, window, …
+    """module: what is run; config: the model's own
+    layers: one entry a decoder layer: heads, shape of its KV, window, …
 
     dtype: of weights and KV
     vocab_size: rows of the logits
     max_model_len: positions that the model can tell apart, prompt and output together
     fingerprint_parts: model, revision and quantization, for KVLayout.fingerprint
     model_kwargs: the keywords through which an attention reaches the model's modules
+    parameters: how many of each dtype, as loaded
+    passes: what was done to the modules; empty if passes were off
     """
 
     module: nn.Module
+    config: PreTrainedConfig
     layers: tuple[LayerAttention, ...]
     dtype: torch.dtype
     vocab_size: int
     max_model_len: int
     fingerprint_parts: tuple[str, str, str]
     model_kwargs: Callable[[Attention], Mapping[str, Any]]
+    parameters: Mapping[torch.dtype, int]
+    passes: tuple[PassRecord, ...] = ()
 
     @property
     def layout_layers(self) -> tuple[LayerShape, ...]:

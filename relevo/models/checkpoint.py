@@ -58,6 +58,19 @@ def content_digest(files: ModelFiles, weights: list[Path]) -> str:
     return digest.hexdigest()
 
 
+def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
+    """What the file holds, and where its data begins: https://huggingface.co/docs/safetensors: u64 length, JSON, data.
+
+    Raises ValueError if that can't be.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(MAX_HEADER_BYTES, path.stat().st_size - 8):
+            raise ValueError(f"a header of {length} bytes")
+        header: dict[str, Any] = json.loads(file.read(length))
+    return header, 8 + length
+
+
 @dataclass(frozen=True, slots=True)
 class Memory:
     """available: bytes that may be used now; where: for messages."""
@@ -94,29 +107,12 @@ def _indexed(files: ModelFiles, index: Path) -> list[Path]:
 def _check_safetensors(path: Path) -> None:
     size = path.stat().st_size
     try:
-        header = _safetensors_header(path)
+        header, header_bytes = safetensors_header(path)
         end = max((tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0)
-        header_bytes = _header_bytes(path)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise StartupError(f"{path} is corrupt: not a safetensors file") from error
     if size != header_bytes + end:
         raise StartupError(f"{path} is corrupt: it has {size} bytes and its header promises {header_bytes + end}")
-
-
-def _header_bytes(path: Path) -> int:
-    with path.open("rb") as file:
-        return 8 + int.from_bytes(file.read(8), "little")
-
-
-def _safetensors_header(path: Path) -> dict[str, Any]:
-    """https://huggingface.co/docs/safetensors: u64 length, then JSON, then the data."""
-    length = _header_bytes(path) - 8
-    if not 2 <= length <= min(MAX_HEADER_BYTES, path.stat().st_size - 8):
-        raise ValueError(f"a header of {length} bytes")
-    with path.open("rb") as file:
-        file.seek(8)
-        header: dict[str, Any] = json.loads(file.read(length))
-    return header
 
 
 def _add(digest: Any, part: bytes) -> None:

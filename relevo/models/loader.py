@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
@@ -23,7 +24,10 @@ from relevo.models.attention import PAGED, PROBED, Attention, register_attention
 from relevo.models.causal_lm import CausalLM
 from relevo.models.checkpoint import Memory, available_memory, content_digest, weight_files
 from relevo.models.dummy_weights import dummy_state_dict
+from relevo.models.passes import PassRecord, apply_passes
 from relevo.models.probe import probe_model, unsupported
+from relevo.models.quantization import Quantization
+from relevo.models.weight_source import one_at_a_time, stored_weights
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +51,17 @@ def load_model(
     load_format: str = "auto",
     seed: int = 0,
     kernels: Kernels | None = None,
+    passes: bool = True,
+    quantization: Quantization = "none",
 ) -> CausalLM:
-    """Load, check and probe a model.
+    """Load, check and probe a model, and let passes make it faster.
 
-    dtype: "auto" is the checkpoint's, except on a CPU: there it is bfloat16 if the CPU multiplies bfloat16 in hardware
-        and the checkpoint has 16 bits, else float32, because it would be slower in 16 bits than in 32.
+    dtype: "auto" is the checkpoint's, except on a CPU: there it is bfloat16 for a checkpoint of 16 bits if the kernels
+        or the CPU itself multiply by that as fast as by float32, else float32.
     load_format: "dummy" needs config.json only, and makes up weights from `seed`
-    kernels: warmed up for the dtype if given
+    kernels: warmed up for the dtype if given, and what passes put in; without them there are no passes
+    passes: False leaves the modules as transformers made them
+    quantization: of the weights, by passes
 
     Raises StartupError in one line: architecture unknown or not supported; weights missing, incomplete or corrupt;
     not enough memory; no such device.
@@ -61,10 +69,12 @@ def load_model(
     device = _check_device(torch.device(device))
     if load_format not in LOAD_FORMATS:
         raise StartupError(f"load_format must be one of {', '.join(LOAD_FORMATS)}, not {load_format!r}")
+    if quantization != "none" and (kernels is None or not passes):
+        raise StartupError(f"quantization {quantization} is done by passes, which are off")
     register_attention()
     with _quiet_transformers():
         config = _load_config(files)
-        torch_dtype = choose_dtype(dtype, config, device)
+        torch_dtype = choose_dtype(dtype, config, device, kernels if passes else None)
         skeleton = _skeleton(files, config, torch_dtype)
         model_class: Any = type(skeleton)
         adapter = find_adapter(model_class.__name__)
@@ -77,14 +87,18 @@ def load_model(
             source = None
         else:
             parts = _fingerprint_parts(files, config)
-            weights = {"local_files_only": True}
-            source = str(files.path)
+            source, weights = _weight_source(files, config, skeleton)
         model = _from_pretrained(files, model_class, source, config, torch_dtype, device, adapter, weights)
-        return _probed(files.name, model, adapter, torch_dtype, parts, kernels)
+        return _probed(files.name, model, adapter, torch_dtype, parts, kernels, passes, quantization)
 
 
-def choose_dtype(dtype: str, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
-    """The dtype to load in; see `load_model`. Raises StartupError for an unknown name."""
+def choose_dtype(
+    dtype: str, config: PreTrainedConfig, device: torch.device, kernels: Kernels | None = None
+) -> torch.dtype:
+    """The dtype to load in; see `load_model`. Raises StartupError for an unknown name.
+
+    kernels: that compute the linear layers, None if torch does
+    """
     if dtype in DTYPES:
         return DTYPES[dtype]
     if dtype != "auto":
@@ -92,7 +106,9 @@ def choose_dtype(dtype: str, config: PreTrainedConfig, device: torch.device) -> 
     own = config.dtype or config.get_text_config().dtype or torch.float32
     own = DTYPES[own] if isinstance(own, str) else own
     if device.type == "cpu":
-        return torch.bfloat16 if own.itemsize == 2 and _cpu_multiplies_bfloat16() else torch.float32
+        # Experts of mixtures are torch's own products, whatever the kernels.
+        by_kernels = kernels is not None and kernels.WIDENS_16_BITS and not _has_experts(config)
+        return torch.bfloat16 if own.itemsize == 2 and (by_kernels or _cpu_multiplies_bfloat16()) else torch.float32
     return own if own in DTYPES.values() else torch.float32
 
 
@@ -183,6 +199,18 @@ def _config_digest(files: ModelFiles) -> str:
     return sha256(json.dumps(read_config(files), sort_keys=True).encode()).hexdigest()
 
 
+def _weight_source(
+    files: ModelFiles, config: PreTrainedConfig, skeleton: PreTrainedModel
+) -> tuple[str | None, dict[str, Any]]:
+    """Where transformers gets the weights: the tensors one by one, or the folder if only it knows what they mean."""
+    paths = weight_files(files)
+    if all(path.suffix == ".safetensors" for path in paths) and not hasattr(config, "quantization_config"):
+        weights = stored_weights(paths, skeleton, skeleton.base_model_prefix)
+        if weights is not None:
+            return None, {"state_dict": weights}
+    return str(files.path), {"local_files_only": True}
+
+
 def _from_pretrained(
     files: ModelFiles,
     model_class: Any,
@@ -194,17 +222,18 @@ def _from_pretrained(
     weights: dict[str, Any],
 ) -> PreTrainedModel:
     try:
-        model, info = model_class.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype,
-            attn_implementation=PROBED if adapter is None else "eager",
-            # On a CPU: touches only the experts that the batch chose. On a GPU: one launch, deterministic.
-            experts_implementation="eager" if device.type == "cpu" else "grouped_mm",
-            device_map=None if device.type == "cpu" else device,
-            output_loading_info=True,
-            **weights,
-        )
+        with one_at_a_time():
+            model, info = model_class.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                attn_implementation=PROBED if adapter is None else "eager",
+                # On a CPU: touches only the experts that the batch chose. On a GPU: one launch, deterministic.
+                experts_implementation="eager" if device.type == "cpu" else "grouped_mm",
+                device_map=None if device.type == "cpu" else device,
+                output_loading_info=True,
+                **weights,
+            )
     except _LOADING_ERRORS as error:
         raise StartupError(f"model {files.name!r}: its weights cannot be loaded: {_first_line(error)}") from error
     missing = sorted(info["missing_keys"])
@@ -225,6 +254,8 @@ def _probed(
     dtype: torch.dtype,
     fingerprint_parts: tuple[str, str, str],
     kernels: Kernels | None,
+    passes: bool,
+    quantization: Quantization,
 ) -> CausalLM:
     model_kwargs: Callable[[Attention], Mapping[str, Any]] = _by_keyword
     if adapter is not None:
@@ -237,19 +268,43 @@ def _probed(
         model.set_attn_implementation(PAGED)
     if kernels is not None:
         kernels.warm_up(dtype)
+    parameters: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        parameters[parameter.dtype] += parameter.numel()
+    module: nn.Module = model
+    records: list[PassRecord] = []
+    if kernels is not None and passes:
+        module, records = apply_passes(
+            model,
+            kernels,
+            model_kwargs,
+            vocab_size=probe.vocab_size,
+            max_model_len=limit,
+            quantization=quantization,
+        )
+    if quantization != "none":
+        fingerprint_parts = (*fingerprint_parts[:2], quantization)
     return CausalLM(
-        module=model,
+        module=module,
+        config=model.config,
         layers=probe.layers,
         dtype=dtype,
         vocab_size=probe.vocab_size,
         max_model_len=limit,
         fingerprint_parts=fingerprint_parts,
         model_kwargs=model_kwargs,
+        parameters=parameters,
+        passes=tuple(records),
     )
 
 
 def _by_keyword(attention: Attention) -> Mapping[str, Any]:
     return {"relevo": attention}
+
+
+def _has_experts(config: PreTrainedConfig) -> bool:
+    text = config.get_text_config()
+    return any(getattr(text, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
 
 
 def _cpu_multiplies_bfloat16() -> bool:

@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection
 
 from relevo.core.errors import StartupError
 from services.common.errors import ErrorInterceptor
+from services.common.security import NO_SECURITY, Security
 
 MAX_MESSAGE_BYTES = 1 << 20
 
@@ -99,15 +100,21 @@ class GrpcServer:
             await self._health.set(name, status)
 
 
-def make_server(registrations: Sequence[Registration], host: str, port: int) -> GrpcServer:
+def make_server(
+    registrations: Sequence[Registration], host: str, port: int, security: Security = NO_SECURITY
+) -> GrpcServer:
     """A server with health (service "" and each name) and reflection, bound to host:port (0: any that is free).
 
     Raises StartupError if the port cannot be had. Must be called inside the event loop that will run it.
     """
     _check_free(host, port)
-    server = grpc.aio.server(interceptors=(ErrorInterceptor(),), options=_SERVER_OPTIONS)
+    server = grpc.aio.server(interceptors=(ErrorInterceptor(), *security.interceptors()), options=_SERVER_OPTIONS)
+    credentials = security.server_credentials()
     try:
-        bound = server.add_insecure_port(format_address(host, port))
+        if credentials is None:
+            bound = server.add_insecure_port(format_address(host, port))
+        else:
+            bound = server.add_secure_port(format_address(host, port), credentials)
     except RuntimeError as error:
         raise StartupError(f"cannot listen on {host}:{port}: {error}; choose another --host or --port") from error
     result = GrpcServer(server, format_address(host, bound))
@@ -116,9 +123,15 @@ def make_server(registrations: Sequence[Registration], host: str, port: int) -> 
     return result
 
 
-def make_channel(address: str) -> grpc.aio.Channel:
-    """A channel to host:port. Reconnects by itself, at most a second apart. Close it."""
-    return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+def make_channel(address: str, security: Security = NO_SECURITY) -> grpc.aio.Channel:
+    """A channel to host:port. Reconnects by itself, at most a second apart. Close it.
+
+    A token of `security` goes with each call, as its metadata: the channel does not know it.
+    """
+    credentials = security.channel_credentials()
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
 
 
 class _Cancellable(Protocol):

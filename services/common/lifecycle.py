@@ -92,20 +92,17 @@ def run_service(
     settings_class: type[S],
     serve: Callable[[S, Process], Awaitable[None]],
     argv: Sequence[str] | None = None,
-    *,
-    use_uvloop: bool = True,
 ) -> int:
     """Run a service until SIGTERM, SIGINT, the end of its lifeline, or a failure; returns the exit code.
 
     0: asked to stop. 1: could not start (one line on stderr), or something died (a traceback in the log).
-    use_uvloop: False where plain asyncio is needed (loop.sock_sendfile).
     """
     try:
         settings = parse_settings(settings_class, argv)
     except StartupError as error:
         return _refuse(role, error)
     configure_logging(role, settings.log_level)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop if use_uvloop else asyncio.new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_run(role, settings, serve))
 
 

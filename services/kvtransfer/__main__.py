@@ -15,7 +15,7 @@ async def serve(settings: KvTransferSettings, process: Process) -> None:
 
 
 def main() -> None:
-    sys.exit(run_service("kvtransfer", KvTransferSettings, serve, use_uvloop=False))  # it has no sock_sendfile
+    sys.exit(run_service("kvtransfer", KvTransferSettings, serve))
 
 
 if __name__ == "__main__":

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from dataclasses import dataclass
 
 from relevo.core.errors import StartupError
 from services.common.grpc import Registration, format_address, make_server
 from services.common.lifecycle import Process
+from services.common.security import read_security
 from services.common.telemetry import make_registry, serve_metrics
 from services.kvtransfer.arena import Arena
 from services.kvtransfer.config import KvTransferSettings
+from services.kvtransfer.link_metrics import LinkCollector
+from services.kvtransfer.link_servicer import KvLinkServicer
+from services.kvtransfer.links import Links
+from services.kvtransfer.mapping import prepare
 from services.kvtransfer.metrics import StoreCollector
 from services.kvtransfer.servicer import KvTransferServicer, PullTokens
 from services.kvtransfer.store import Store
-from services.kvtransfer.transports.tcp import TcpDataServer, listen
-from services.pb import kvtransfer_pb2_grpc
+from services.kvtransfer.tiers.cascade import Tiers
+from services.kvtransfer.tiers.factory import open_tiers
+from services.kvtransfer.transports import DataServer
+from services.kvtransfer.transports.catalog import check_names, open_nixl, open_pullers
+from services.kvtransfer.transports.tcp_server import TcpDataServer, listen
+from services.kvtransfer.transports.wire import client_tls, server_tls
+from services.pb import kvlink_pb2_grpc, kvtransfer_pb2_grpc
 
 _ANY_HOST = ("0.0.0.0", "::", "")
 
@@ -23,6 +35,9 @@ _ANY_HOST = ("0.0.0.0", "::", "")
 class Agent:
     address: str  # under which workers and other agents reach it
     store: Store
+    tiers: Tiers
+    links: Links
+    data_server: TcpDataServer
 
 
 async def start_agent(settings: KvTransferSettings, process: Process) -> Agent:
@@ -30,27 +45,58 @@ async def start_agent(settings: KvTransferSettings, process: Process) -> Agent:
     host = settings.advertise_host or settings.host
     if host in _ANY_HOST:
         raise StartupError(f"--host {settings.host} is no address to be reached at: give --advertise-host as well")
+    security = read_security(settings)
+    security.check_host(settings.host)
     arena = Arena(settings.arena_dir, settings.kv_arena)
     process.stack.callback(arena.close)
+    threading.Thread(target=prepare, args=(arena.view,), name="arena", daemon=True).start()
     store = Store(arena, process.incarnation)
+    process.spawn(store.held.run(), "held names")
+    tiers = Tiers(store, await open_tiers(settings, store.held))
+    for tier in tiers.tiers:
+        process.stack.push_async_callback(tier.close)
+    store.on_sealed = tiers.offer
+    process.spawn(tiers.run(), "tiers")
 
     tokens = PullTokens()
     listener = listen(settings.host, settings.data_port)
     process.stack.callback(listener.close)
-    data_server = TcpDataServer(arena, tokens, listener, format_address(host, listener.getsockname()[1]))
+    data_tls = security.tls if settings.data_tls else None
+    data_address = format_address(host, listener.getsockname()[1])
+    data_server = TcpDataServer(arena, tokens, listener, data_address, server_tls(data_tls))
+    process.stack.push_async_callback(data_server.close)
     process.spawn(data_server.run(), "data port")
+    check_names(settings.transports)
+    servers: list[DataServer] = [data_server] if "tcp" in settings.transports else []
+    nixl_server = await asyncio.to_thread(open_nixl, settings.transports, arena, f"agent-{process.incarnation}")
+    if nixl_server is not None:
+        process.stack.push_async_callback(nixl_server.close)
+        servers.append(nixl_server)
 
-    server = make_server([], settings.host, settings.port)
+    server = make_server([], settings.host, settings.port, security)
     address = format_address(host, server.port)
-    servicer = KvTransferServicer(store, tokens, data_server, address=address, pin_seconds=settings.pin_seconds)
+    links = Links(
+        open_pullers(settings.transports, arena, client_tls(data_tls), has_nixl=nixl_server is not None),
+        address=address,
+        incarnation=process.incarnation,
+        floor_bytes_per_second=settings.link_floor,
+        security=security,
+    )
+    process.spawn(links.run(), "links")
+    servicer = KvTransferServicer(store, tiers, tokens, links, address=address, pin_seconds=settings.pin_seconds)
     add = kvtransfer_pb2_grpc.add_KvTransferServicer_to_server
     server.register(Registration(add, servicer, "relevo.v1.KvTransfer"))
+    link_servicer = KvLinkServicer(servers, process.incarnation)
+    add_link = kvlink_pb2_grpc.add_KvLinkServicer_to_server
+    server.register(Registration(add_link, link_servicer, "relevo.v1.KvLink"))
     await server.start()
     process.stack.push_async_callback(server.stop, settings.drain_seconds)
+    process.stack.callback(store.held.events.close)  # or watchers would hold the server up
 
     if settings.metrics_port is not None:
         registry = make_registry()
-        registry.register(StoreCollector(store))
+        registry.register(StoreCollector(store, tiers.tiers))
+        registry.register(LinkCollector(links, data_server))
         _, stop_metrics = serve_metrics(registry, settings.host, settings.metrics_port)
         process.stack.callback(stop_metrics)
-    return Agent(address, store)
+    return Agent(address, store, tiers, links, data_server)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -31,12 +32,30 @@ from relevo.core.block_hash import BlockHash
 from relevo.core.errors import Mismatch, Unavailable
 from services.common.errors import error_from_rpc, relevo_errors
 from services.common.grpc import cancelling, make_channel
+from services.common.security import NO_SECURITY, Security
 from services.kvtransfer.block_fetch import BlockFetch
-from services.kvtransfer.mapping import ArenaMapping, map_arena, read_block, write_block
+from services.kvtransfer.mapping import (
+    ArenaMapping,
+    load_checked_copy,
+    map_arena,
+    read_block,
+    read_blocks,
+    write_block,
+    write_blocks,
+)
 from services.kvtransfer.publication import REPLY_SECONDS, Publication
 from services.pb import kvtransfer_pb2, kvtransfer_pb2_grpc
 
-__all__ = ["ArenaMapping", "BlockFetch", "KvAgentClient", "Publication", "read_block", "write_block"]
+__all__ = [
+    "ArenaMapping",
+    "BlockFetch",
+    "KvAgentClient",
+    "Publication",
+    "read_block",
+    "read_blocks",
+    "write_block",
+    "write_blocks",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +63,12 @@ logger = logging.getLogger(__name__)
 class KvAgentClient:
     """One worker at its host's agent. Any number of publications and fetches at the same time, in one event loop."""
 
-    def __init__(self, address: str, worker_id: str, incarnation: str) -> None:
+    def __init__(self, address: str, worker_id: str, incarnation: str, security: Security = NO_SECURITY) -> None:
         self.address = address
         self._worker_id = worker_id
         self._incarnation = incarnation
-        self._channel = make_channel(address)
+        self._channel = make_channel(address, security)
+        self._metadata = security.metadata
         self._stub = kvtransfer_pb2_grpc.KvTransferStub(self._channel)
         self._layout: tuple[bytes, int] | None = None  # fingerprint, block_bytes
         self._mapping: ArenaMapping | None = None
@@ -77,7 +97,7 @@ class KvAgentClient:
                 lease_ms=lease_ms,
                 agent_incarnation=mapping.incarnation,
             )
-            with cancelling(self._stub.Publish()) as call:
+            with cancelling(self._stub.Publish(metadata=self._metadata)) as call:
                 publication = Publication(call, mapping, self.address)
                 try:
                     await publication.open(announce)
@@ -106,7 +126,7 @@ class KvAgentClient:
                 timeout_ms=max(1, int(timeout_seconds * 1000)),
                 agent_incarnation=mapping.incarnation,
             )
-            with cancelling(self._stub.Fetch()) as call:
+            with cancelling(self._stub.Fetch(metadata=self._metadata)) as call:
                 fetch = BlockFetch(call, mapping, self.address, len(hashes), timeout_seconds)
                 try:
                     await fetch.open(opened)
@@ -121,7 +141,7 @@ class KvAgentClient:
     async def audit(self) -> kvtransfer_pb2.AuditReply:
         """Counts of the agent's slots by state."""
         with relevo_errors(f"kvtransfer agent {self.address}"):
-            return await self._stub.Audit(kvtransfer_pb2.AuditRequest(), timeout=REPLY_SECONDS)
+            return await self._stub.Audit(kvtransfer_pb2.AuditRequest(), timeout=REPLY_SECONDS, metadata=self._metadata)
 
     async def _attach(self, stale: ArenaMapping | None) -> ArenaMapping:
         """The mapping, which is made if there is none or it is the stale one."""
@@ -141,7 +161,7 @@ class KvAgentClient:
             block_bytes=block_bytes,
         )
         try:
-            reply = await self._stub.Attach(request, timeout=REPLY_SECONDS)
+            reply = await self._stub.Attach(request, timeout=REPLY_SECONDS, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise Unavailable(f"kvtransfer agent {self.address} does not answer") from error
@@ -149,11 +169,14 @@ class KvAgentClient:
         logger.info(
             "attached to kvtransfer agent %s: %d slots of %d bytes", self.address, reply.num_slots, reply.slot_bytes
         )
+        view = map_arena(reply.arena_path, reply.num_slots * reply.slot_bytes)
+        # Beside what the worker does: blocks can be copied meanwhile, only slower.
+        threading.Thread(target=load_checked_copy, name="checked copy", daemon=True).start()
         return ArenaMapping(
             incarnation=reply.incarnation,
             block_bytes=block_bytes,
             slot_bytes=reply.slot_bytes,
             num_slots=reply.num_slots,
             agent_address=reply.advertised_address,
-            view=map_arena(reply.arena_path, reply.num_slots * reply.slot_bytes),
+            view=view,
         )

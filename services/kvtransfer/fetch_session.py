@@ -10,10 +10,12 @@ import grpc
 import grpc.aio
 
 from relevo.core.errors import DeadlineExceeded, Exhausted, InvalidRequest, RelevoError
+from services.kvtransfer.links import Links
 from services.kvtransfer.publish_session import FIRST_MESSAGE_SECONDS, check_names, read_within
 from services.kvtransfer.pull import pull_blocks
 from services.kvtransfer.reader import Reader
 from services.kvtransfer.store import Store
+from services.kvtransfer.tiers.cascade import Tiers
 from services.pb import kvtransfer_pb2
 
 _MAX_ANSWERS = 4096  # in one message: 100 KB
@@ -41,12 +43,19 @@ class FetchSession:
     """Serves one reader. Pins and, if it pulls, its lease end with run()."""
 
     def __init__(
-        self, store: Store, reader: Reader, context: FetchContext, data_address: str, pin_seconds: float
+        self,
+        store: Store,
+        tiers: Tiers,
+        reader: Reader,
+        context: FetchContext,
+        links: Links,
+        pin_seconds: float,
     ) -> None:
         self._store = store
+        self._tiers = tiers
         self._reader = reader
         self._context = context
-        self._data_address = data_address
+        self._links = links
         self._pin_seconds = pin_seconds
         self._first = True
         self._requests_ended = False
@@ -58,6 +67,8 @@ class FetchSession:
         names = list(opened.block_hashes)
         work: list[Coroutine[Any, Any, None]] = [self._read_requests()]
         lease_id: int | None = None
+        self._store.count_hits(names)
+        await self._tiers.load(names)
         if source_agent_address:
             lease_id, pull = self._open_pull(names, source_agent_address, timeout_seconds)
             work += [pull] if pull is not None else []
@@ -95,7 +106,7 @@ class FetchSession:
             self._reader.give_up(absent, grpc.StatusCode.RESOURCE_EXHAUSTED)
             return None, None
         self._reader.request(absent)
-        return lease_id, pull_blocks(self._store, lease_id, announcement, to_pull, source, timeout_seconds)
+        return lease_id, pull_blocks(self._store, self._links, lease_id, announcement, to_pull, source, timeout_seconds)
 
     async def _answer(self, timeout_seconds: float) -> None:
         now = asyncio.get_running_loop().time
@@ -115,6 +126,7 @@ class FetchSession:
                     await self._reader.wait()
             except TimeoutError:
                 if answered:
+                    self._store.counters.pins_expired += 1
                     raise DeadlineExceeded(
                         f"blocks were pinned for {self._pin_seconds:g} s after the last came"
                     ) from None
@@ -132,8 +144,7 @@ class FetchSession:
             if self._first:
                 self._first = False
                 reply.pull_token = self._reader.token
-                reply.data_address = self._data_address
-                reply.slot_bytes = self._store.arena.slot_bytes
+                reply.block_bytes = self._store.arena.block_bytes
             try:
                 async with asyncio.timeout(self._pin_seconds):
                     await self._context.write(reply)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import mmap
 import os
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +15,15 @@ import numpy.typing as npt
 import xxhash
 
 from relevo.core.errors import Mismatch, Unavailable
+
+logger = logging.getLogger(__name__)
+
+_LIBC = ctypes.CDLL(None)
+_MADV_POPULATE_WRITE = 23  # Linux 5.14
+_PREPARE_BYTES = 64 << 20
+_MIN_CHECKED_BYTES = 1024
+
+_checked_copy: Callable[[Sequence[int], Sequence[int], int], list[int]] | None = None  # of this process
 
 BlockBytes = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
 """block_bytes, contiguous."""
@@ -56,25 +69,79 @@ def map_arena(path: str, num_bytes: int) -> memoryview:
         os.close(fd)
 
 
-def write_block(slot: memoryview, source: BlockBytes) -> int:
-    """Copy a block into its slot; returns the checksum to seal it with, computed from the source.
+def write_blocks(slots: Sequence[memoryview], sources: Sequence[BlockBytes]) -> list[int]:
+    """Copy blocks into their slots; returns the checksums to seal them with, of exactly the bytes that were stored.
 
-    slot, source: block_bytes each. Blocking, for a thread: releases the GIL. Nobody may change the source meanwhile.
+    slots, sources: block_bytes each. Blocking, for a thread: releases the GIL. Nobody may change the sources meanwhile.
     """
-    block = _bytes_of(source)
-    np.copyto(_bytes_of(slot), block)
-    return xxhash.xxh3_64_intdigest(block.data)
+    return _copy([_bytes_of(slot) for slot in slots], [_bytes_of(source) for source in sources])
+
+
+def read_blocks(slots: Sequence[memoryview], into: Sequence[BlockBytes], checksums: Sequence[int]) -> list[bool]:
+    """Copy blocks out of their slots; False for each that is not what its writer sealed (it must not be used then).
+
+    slots, into: block_bytes each. Blocking, for a thread: releases the GIL. The copy is checked, not the slot, so that
+    nobody can change what was checked.
+    """
+    found = _copy([_bytes_of(block) for block in into], [_bytes_of(slot) for slot in slots])
+    return [checksum == right for checksum, right in zip(found, checksums, strict=True)]
+
+
+def write_block(slot: memoryview, source: BlockBytes) -> int:
+    """write_blocks for one."""
+    return write_blocks([slot], [source])[0]
 
 
 def read_block(slot: memoryview, into: BlockBytes, checksum: int) -> bool:
-    """Copy a block out of a slot; False if the copy is not what its writer sealed (it must not be used then).
+    """read_blocks for one."""
+    return read_blocks([slot], [into], [checksum])[0]
 
-    slot, into: block_bytes each. Blocking, for a thread: releases the GIL. The copy is checked, not the slot, so that
-    nobody can change what was checked.
+
+def load_checked_copy() -> None:
+    """Copy and checksum in one pass from now on, where numba is loaded already: in workers. Takes seconds the first
+    time on a machine; harmless when called again, and in any thread.
     """
-    block = _bytes_of(into)
-    np.copyto(block, _bytes_of(slot))
-    return xxhash.xxh3_64_intdigest(block.data) == checksum
+    global _checked_copy
+    if _checked_copy is not None or "numba" not in sys.modules:
+        return
+    from relevo.kernels import checked_copy
+
+    if checked_copy.check():
+        _checked_copy = checked_copy.copy_checked
+    else:
+        logger.warning("the compiled copy of blocks is wrong on this machine: they are copied and checked separately")
+
+
+def prepare(view: memoryview) -> None:
+    """Touch all of a shared mapping, which must have its memory: a page's first touch costs more than copying it.
+
+    Blocking: a second or so a GiB, and more where a hypervisor gives the memory only now. Releases the GIL.
+    """
+    address = np.frombuffer(view, np.uint8).ctypes.data
+    for start in range(0, len(view), _PREPARE_BYTES):
+        num_bytes = min(_PREPARE_BYTES, len(view) - start)
+        # By ctypes, as mmap.madvise keeps the GIL. An old kernel knows no such advice: then it is slower, and works.
+        if _LIBC.madvise(ctypes.c_void_p(address + start), ctypes.c_size_t(num_bytes), _MADV_POPULATE_WRITE) != 0:
+            return
+
+
+def _copy(targets: list[npt.NDArray[np.uint8]], sources: list[npt.NDArray[np.uint8]]) -> list[int]:
+    """The checksums of what was stored."""
+    sizes = {array.nbytes for array in (*targets, *sources)}
+    if len(sizes) > 1:
+        raise ValueError(f"blocks of one size are needed, not of {sorted(sizes)} bytes")
+    if _checked_copy is not None and min(sizes, default=0) >= _MIN_CHECKED_BYTES:
+        return _checked_copy([_address(each) for each in targets], [_address(each) for each in sources], sizes.pop())
+    checksums = []
+    for target, source in zip(targets, sources, strict=True):
+        np.copyto(target, source)
+        checksums.append(xxhash.xxh3_64_intdigest(target.data))
+    return checksums
+
+
+def _address(array: npt.NDArray[np.uint8]) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 def _bytes_of(buffer: BlockBytes) -> npt.NDArray[np.uint8]:

@@ -22,13 +22,14 @@ PublishCall = grpc.aio.StreamStreamCall[kvtransfer_pb2.PublishRequest, kvtransfe
 class Publication:
     """Blocks that were announced, in the order in which they were: `granted` ones are ours to write.
 
-    Those in neither granted nor sealed are being written by somebody else.
+    Those in neither granted nor present are being written by somebody else.
     """
 
     def __init__(self, call: PublishCall, mapping: ArenaMapping, peer: str) -> None:
         self.mapping = mapping
         self.granted: dict[int, int] = {}  # index → slot
         self.sealed: set[int] = set()  # indices: sealed before, or by us
+        self.present: set[int] = set()  # indices: sealed before, or on their way from a tier below: a fetch gets them
         self._call = call
         self._peer = f"kvtransfer agent {peer}"
         self._sealing = asyncio.Lock()
@@ -37,6 +38,7 @@ class Publication:
         reply = await self._exchange(kvtransfer_pb2.PublishRequest(announce=announce))
         self.granted = {granted.index: granted.slot for granted in reply.granted.slots}
         self.sealed = set(reply.granted.sealed)
+        self.present = self.sealed.union(reply.granted.loading)
 
     def slot(self, index: int) -> memoryview:
         """Where to write a granted block: block_bytes, for write_block."""

@@ -12,6 +12,7 @@ import grpc.aio
 from relevo.core.block_hash import HASH_BYTES
 from relevo.core.errors import DeadlineExceeded, InvalidRequest
 from services.kvtransfer.store import Store
+from services.kvtransfer.tiers.cascade import Tiers
 from services.pb import kvtransfer_pb2
 
 logger = logging.getLogger(__name__)
@@ -23,17 +24,22 @@ _ABORTED: int = grpc.StatusCode.ABORTED.value[0]
 PublishContext = grpc.aio.ServicerContext[kvtransfer_pb2.PublishRequest, kvtransfer_pb2.PublishReply]
 
 
-async def serve_publish(store: Store, context: PublishContext) -> None:
+async def serve_publish(store: Store, tiers: Tiers, context: PublishContext) -> None:
     """What it granted and the writer has not sealed is free again, and missed by those who wait, when this returns."""
     request = await read_within(context, FIRST_MESSAGE_SECONDS, "the first message")
     if request is None:
         return
     announce = _validated(request)
     store.require_cut(announce.agent_incarnation)
-    lease_id, announcement = store.announce(announce.block_hashes)
+    names = list(announce.block_hashes)
+    store.count_hits(names)
+    await tiers.load(names)
+    store.require_cut(announce.agent_incarnation)  # that took a while
+    lease_id, announcement = store.announce(names)
     try:
         slots = [kvtransfer_pb2.GrantedSlot(index=index, slot=slot) for index, slot in announcement.granted.items()]
-        granted = kvtransfer_pb2.Granted(slots=slots, sealed=announcement.sealed)
+        loading = [index for index, name in enumerate(names) if tiers.is_loading(name)]
+        granted = kvtransfer_pb2.Granted(slots=slots, sealed=announcement.sealed, loading=loading)
         await context.write(kvtransfer_pb2.PublishReply(granted=granted))
         while request := await read_within(context, announce.lease_ms / 1000, "a message (lease_ms)"):
             if request.WhichOneof("request") != "seal":
@@ -42,6 +48,9 @@ async def serve_publish(store: Store, context: PublishContext) -> None:
                 store.seal(lease_id, block.index, block.checksum)
             ack = kvtransfer_pb2.SealAck(num_blocks=len(request.seal.blocks))
             await context.write(kvtransfer_pb2.PublishReply(seal_ack=ack))
+    except DeadlineExceeded:
+        store.counters.leases_expired += 1
+        raise
     finally:
         num_given_up = store.end_lease(lease_id, _ABORTED)
         if num_given_up:

@@ -12,8 +12,7 @@ import grpc
 from relevo.core.block_hash import BlockHash
 from relevo.core.errors import InvalidRequest
 from services.kvtransfer.store import Store
-
-PULL_TOKEN_BYTES = 16
+from services.kvtransfer.transports.wire import TOKEN_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +34,7 @@ class Reader:
     def __init__(self, store: Store, names: Sequence[BlockHash]) -> None:
         if len(set(names)) != len(names):
             raise InvalidRequest("a block is asked for twice: names must be distinct", "block_hashes")
-        self.token = secrets.token_bytes(PULL_TOKEN_BYTES)  # proves to the data port that slots are pinned
+        self.token = secrets.token_bytes(TOKEN_BYTES)  # tells the data port which slots are pinned
         self._store = store
         self._names = names
         self._id = store.table.open_reader()
@@ -44,6 +43,8 @@ class Reader:
         self._refs: list[BlockRef] = []  # answered and not yet taken; bounded by the number of names
         self._missing: list[Missing] = []
         self._changed = asyncio.Event()
+        self._slot_of: dict[int, int] = {}  # index → slot, of what is pinned
+        self._pinned_slots: set[int] = set()  # the same slots, for data threads to ask
 
     @property
     def all_answered(self) -> bool:
@@ -102,7 +103,8 @@ class Reader:
         return refs, missing
 
     def has_pinned_slot(self, slot: int) -> bool:
-        return self._table.has_pinned_slot(self._id, slot)
+        """From any thread."""
+        return slot in self._pinned_slots
 
     def release(self, indices: Sequence[int], corrupt: Sequence[int]) -> None:
         if any(index >= len(self._names) for index in (*indices, *corrupt)):
@@ -112,17 +114,22 @@ class Reader:
             self._table.drop(self._id, self._names[index])
         # A prompt's last blocks become the least recently used: without the first ones they are worth nothing.
         self._table.release(self._id, (self._names[index] for index in sorted(indices, reverse=True)))
+        for index in (*indices, *corrupt):
+            self._pinned_slots.discard(self._slot_of.pop(index, -1))
         self._changed.set()
 
     def close(self) -> None:
         for name in self._waiting:
             self._store.forget(name, self)
         self._waiting.clear()
+        self._pinned_slots.clear()
         self._table.close_reader(self._id)
 
     def _show(self, name: BlockHash, index: int) -> None:
         pinned = self._table.pin(self._id, name)
         self._store.counters.fetched_blocks += 1
+        self._slot_of[index] = pinned.slot
+        self._pinned_slots.add(pinned.slot)
         self._refs.append(BlockRef(index, pinned.slot, pinned.checksum))
 
     def _miss(self, index: int, code: int) -> None:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import grpc.aio
 
 from relevo.core.errors import InvalidRequest
+from services.kvtransfer import inspection
 from services.kvtransfer.fetch_session import FetchContext, FetchSession, read_open_fetch
+from services.kvtransfer.links import Links
 from services.kvtransfer.publish_session import PublishContext, serve_publish
 from services.kvtransfer.reader import Reader
 from services.kvtransfer.store import Store
-from services.kvtransfer.transports import DataServer
-from services.pb import kvtransfer_pb2, kvtransfer_pb2_grpc
+from services.kvtransfer.tiers.cascade import Tiers
+from services.pb import kvtransfer_pb2, kvtransfer_pb2_grpc, worker_pb2
 
 logger = logging.getLogger(__name__)
 
 
 class PullTokens:
-    """The readers' streams that are open, by their token: what the data port may show."""
+    """The readers' streams that are open, by their token: what data ports may show. Asked from any thread."""
 
     def __init__(self) -> None:
         self.readers: dict[bytes, Reader] = {}
@@ -33,11 +37,19 @@ class KvTransferServicer(kvtransfer_pb2_grpc.KvTransferServicer):
     """address: under which other agents and workers reach this one. pin_seconds: how long a silent reader may pin."""
 
     def __init__(
-        self, store: Store, tokens: PullTokens, data_server: DataServer, *, address: str, pin_seconds: float
+        self,
+        store: Store,
+        tiers: Tiers,
+        tokens: PullTokens,
+        links: Links,
+        *,
+        address: str,
+        pin_seconds: float,
     ) -> None:
         self._store = store
+        self._tiers = tiers
         self._tokens = tokens
-        self._data_server = data_server
+        self._links = links
         self._address = address
         self._pin_seconds = pin_seconds
 
@@ -46,8 +58,10 @@ class KvTransferServicer(kvtransfer_pb2_grpc.KvTransferServicer):
     ) -> kvtransfer_pb2.AttachReply:
         if request.block_bytes < 1:
             raise InvalidRequest("block_bytes is 0: at least 1 is right", "block_bytes")
-        self._store.cut(request.block_bytes)
         arena = self._store.arena
+        if request.block_bytes != arena.block_bytes:
+            async with self._tiers.paused():
+                self._store.cut(request.block_bytes)
         logger.info(
             "%s (%s) attached with blocks of %d bytes", request.worker_id, request.incarnation, request.block_bytes
         )
@@ -63,7 +77,7 @@ class KvTransferServicer(kvtransfer_pb2_grpc.KvTransferServicer):
     async def Publish(self, request_iterator: Any, context: PublishContext) -> None:  # type: ignore[override]
         # grpc.aio allows handlers that read and write through the context: their `finally` runs at once when a call is
         # cancelled, a suspended generator's only when it is collected.
-        await serve_publish(self._store, context)
+        await serve_publish(self._store, self._tiers, context)
 
     async def Fetch(self, request_iterator: Any, context: FetchContext) -> None:  # type: ignore[override]
         opened = await read_open_fetch(context)
@@ -74,11 +88,10 @@ class KvTransferServicer(kvtransfer_pb2_grpc.KvTransferServicer):
         reader = Reader(self._store, list(opened.block_hashes))
         self._tokens.readers[reader.token] = reader
         try:
-            session = FetchSession(self._store, reader, context, self._data_server.address, self._pin_seconds)
+            session = FetchSession(self._store, self._tiers, reader, context, self._links, self._pin_seconds)
             await session.run(opened, source)
         finally:
             del self._tokens.readers[reader.token]
-            self._data_server.end_stream(reader.token)
             reader.close()
 
     async def Audit(
@@ -95,3 +108,27 @@ class KvTransferServicer(kvtransfer_pb2_grpc.KvTransferServicer):
             num_fetches=audit.num_readers,
             slot_bytes=self._store.arena.slot_bytes,
         )
+
+    async def WatchBlocks(
+        self, request: worker_pb2.WatchBlocksRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[worker_pb2.BlockEvents]:
+        async with aclosing(self._store.held.events.watch()) as events:
+            async for event in events:
+                yield event
+
+    async def GetTiers(
+        self, request: kvtransfer_pb2.GetTiersRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> kvtransfer_pb2.GetTiersReply:
+        return kvtransfer_pb2.GetTiersReply(tiers=inspection.tier_states(self._store, self._tiers.tiers))
+
+    async def ListBlocks(
+        self, request: kvtransfer_pb2.ListBlocksRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[kvtransfer_pb2.ListBlocksReply]:
+        async for part in inspection.list_blocks(self._store, self._tiers.tiers, request.tier, request.limit):
+            yield part
+
+    async def ClearBlocks(
+        self, request: kvtransfer_pb2.ClearBlocksRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> kvtransfer_pb2.ClearBlocksReply:
+        cleared = await inspection.clear_blocks(self._store, self._tiers.tiers, request.tier)
+        return kvtransfer_pb2.ClearBlocksReply(tiers=cleared)

@@ -11,7 +11,7 @@ used first, when slots are needed.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from relevo.core.block_hash import BlockHash
@@ -32,6 +32,15 @@ class Pinned:
 
     slot: int
     checksum: int
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A block that is here, for people who look."""
+
+    name: BlockHash
+    num_pins: int
+    is_granted: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +73,21 @@ class _Lease:
 
 
 class SlotTable:
-    """Owns the slots [0, num_slots). Leases and readers are numbers that it gives out."""
+    """Owns the slots [0, num_slots). Leases and readers are numbers that it gives out.
 
-    def __init__(self, num_slots: int) -> None:
+    on_sealed, on_gone: called with each name that can be found from now on, or no more.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        on_sealed: Callable[[BlockHash], None] | None = None,
+        on_gone: Callable[[BlockHash], None] | None = None,
+    ) -> None:
         self.num_slots = num_slots
         self.num_evictions = 0
+        self._on_sealed = on_sealed
+        self._on_gone = on_gone
         self._free = list(range(num_slots - 1, -1, -1))  # taken from the end: low slots first
         self._blocks: dict[BlockHash, _Block] = {}
         self._evictable: OrderedDict[BlockHash, _Block] = OrderedDict()  # sealed, unpinned; least recently used first
@@ -85,10 +104,10 @@ class SlotTable:
             raise InvalidRequest("a block is announced twice: names must be distinct", "block_hashes")
         missing = [index for index, name in enumerate(names) if name not in self._blocks]
         sealed = [index for index, name in enumerate(names) if self.is_sealed(name)]
-        num_evictable = len(self._evictable) - sum(names[index] in self._evictable for index in sealed)
-        if len(missing) > len(self._free) + num_evictable:
+        num_obtainable = self.num_obtainable(names[index] for index in sealed)
+        if len(missing) > num_obtainable:
             raise Exhausted(
-                f"{len(missing)} slots are needed, {len(self._free) + num_evictable} of {self.num_slots} can be had:"
+                f"{len(missing)} slots are needed, {num_obtainable} of {self.num_slots} can be had:"
                 " the others are being written or read"
             )
         lease = _Lease(tuple(names))
@@ -101,6 +120,10 @@ class SlotTable:
         self._leases[lease_id] = lease
         return lease_id, Announcement({index: block.slot for index, block in lease.granted.items()}, tuple(sealed))
 
+    def num_obtainable(self, names: Iterable[BlockHash]) -> int:
+        """Slots that can be had without losing one of these names."""
+        return len(self._free) + len(self._evictable) - sum(name in self._evictable for name in names)
+
     def seal(self, lease_id: int, index: int, checksum: int) -> BlockHash | None:
         """The block is written; returns its name, or None if the lease had sealed it before."""
         lease = self._leases[lease_id]
@@ -111,6 +134,8 @@ class SlotTable:
             raise InvalidRequest(f"block {index} was not granted to this writer", "index")
         block.checksum = checksum
         lease.pinned[index] = self._pin(block)
+        if self._on_sealed is not None:
+            self._on_sealed(block.name)
         return block.name
 
     def abandon(self, lease_id: int, index: int) -> BlockHash | None:
@@ -145,6 +170,10 @@ class SlotTable:
         block = self._blocks.get(name)
         return block is not None and block.checksum is not None
 
+    def is_here(self, name: BlockHash) -> bool:
+        """Sealed, or on its way."""
+        return name in self._blocks
+
     def is_granted(self, name: BlockHash) -> bool:
         block = self._blocks.get(name)
         return block is not None and block.checksum is None
@@ -174,7 +203,7 @@ class SlotTable:
         """The bytes that this reader has pinned under the name are wrong: nobody finds them from now on."""
         block = self._readers[reader_id].get(name)
         if block is not None and not block.dropped:
-            del self._blocks[name]
+            self._forget(block)
             block.dropped = True
             self._dropped.add(block)
         self.release(reader_id, (name,))
@@ -186,6 +215,23 @@ class SlotTable:
             del self._readers[reader_id]
 
     # --- all ---
+
+    def clear(self) -> tuple[int, int]:
+        """Free what nobody writes or reads; how many blocks that were, and how many stay."""
+        num_cleared = len(self._evictable)
+        for block in self._evictable.values():
+            self._forget(block)
+            self._free.append(block.slot)
+        self._evictable.clear()
+        return num_cleared, len(self._blocks)
+
+    def blocks(self) -> Iterator[Held]:
+        """Those in use first, then the others, most recently used first."""
+        for name, block in self._blocks.items():
+            if name not in self._evictable:
+                yield Held(name, block.num_pins, block.checksum is None)
+        for name in reversed(self._evictable):
+            yield Held(name, 0, False)
 
     @property
     def idle(self) -> bool:
@@ -233,11 +279,17 @@ class SlotTable:
 
     def _take_slot(self) -> int:
         if not self._free:
-            name, block = self._evictable.popitem(last=False)
-            del self._blocks[name]
+            _, block = self._evictable.popitem(last=False)
+            self._forget(block)
             self._free.append(block.slot)
             self.num_evictions += 1
         return self._free.pop()
+
+    def _forget(self, block: _Block) -> None:
+        """A sealed block is found by its name no more."""
+        del self._blocks[block.name]
+        if self._on_gone is not None:
+            self._on_gone(block.name)
 
     def _pin(self, block: _Block) -> _Block:
         block.num_pins += 1

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from relevo.core.block_hash import BlockHash
 from relevo.core.errors import Mismatch
 from relevo.core.sizes import format_size
-from services.kvtransfer.arena import Arena, slot_bytes_for
+from services.kvtransfer.arena import Arena
+from services.kvtransfer.held import HeldNames
 from services.kvtransfer.slots import Announcement, SlotTable
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,9 @@ class Counters:
 
     sealed_blocks: int = 0
     fetched_blocks: int = 0
+    arena_hits: int = 0  # blocks that were in the arena when a writer announced or a reader asked for them
+    leases_expired: int = 0  # writers that were silent for too long
+    pins_expired: int = 0  # readers that kept their pins for too long
     missing_blocks: dict[str, int] = field(default_factory=dict)  # by code
     corrupt_blocks: int = 0
     pulled_bytes: int = 0
@@ -37,12 +41,18 @@ class Counters:
 
 
 class Store:
-    """All changes of the table go through here, so that nobody who waits is forgotten."""
+    """All changes of the table go through here, so that nobody who waits is forgotten.
+
+    held: the names that are found here, and in what lies below
+    on_sealed: called with each name that was sealed, when those who wait for it have been told
+    """
 
     def __init__(self, arena: Arena, incarnation: str) -> None:
         self.arena = arena
         self.table = SlotTable(0)
         self.counters = Counters()
+        self.held = HeldNames()
+        self.on_sealed: Callable[[BlockHash], None] | None = None
         self._incarnation = incarnation
         self._num_cuts = 0
         self._evictions_before = 0  # of the tables before this one
@@ -59,17 +69,17 @@ class Store:
 
     def cut(self, block_bytes: int) -> None:
         """Make sure that slots are for block_bytes. Raises Mismatch if they are not and somebody uses them."""
-        wanted = slot_bytes_for(block_bytes)
-        if wanted == self.arena.slot_bytes:
+        if block_bytes == self.arena.block_bytes:
             return
         if not self.table.idle:
             raise Mismatch(
-                f"the arena is in use with slots of {self.arena.slot_bytes} bytes; a block of {block_bytes} bytes needs"
-                f" slots of {wanted}: workers of one agent must have the same model and block size"
+                f"the arena is in use with blocks of {self.arena.block_bytes} bytes, not {block_bytes}:"
+                " workers of one agent must have the same model and block size"
             )
         self.arena.cut(block_bytes)
+        self.table.clear()
         self._evictions_before += self.table.num_evictions
-        self.table = SlotTable(self.arena.num_slots)
+        self.table = SlotTable(self.arena.num_slots, on_sealed=self.held.add, on_gone=self.held.discard)
         self._num_cuts += 1
         log = logger.info if self._num_cuts == 1 else logger.warning  # two sizes in turns would each lose all blocks
         log("arena cut into %d slots of %s", self.arena.num_slots, format_size(self.arena.slot_bytes))
@@ -86,25 +96,36 @@ class Store:
     def announce(self, names: Sequence[BlockHash]) -> tuple[int, Announcement]:
         return self.table.announce(names)
 
+    def count_hits(self, names: Sequence[BlockHash]) -> None:
+        """Somebody asks for these."""
+        self.counters.arena_hits += sum(map(self.table.is_sealed, names))
+
     def seal(self, lease_id: int, index: int, checksum: int) -> None:
         name = self.table.seal(lease_id, index, checksum)
         if name is not None:
             self.counters.sealed_blocks += 1
             for waiter in self._waiters.pop(name, ()):
                 waiter.block_sealed(name)
+            if self.on_sealed is not None:
+                self.on_sealed(name)
 
     def abandon(self, lease_id: int, index: int, code: int) -> None:
         """The block will not come, for the reason that code gives to those who wait for it."""
         name = self.table.abandon(lease_id, index)
         if name is not None:
-            self._give_up(name, code)
+            self.give_up(name, code)
 
     def end_lease(self, lease_id: int, code: int) -> int:
         """Returns how many blocks were given up by it. Ending twice is harmless."""
         names = self.table.end_lease(lease_id)
         for name in names:
-            self._give_up(name, code)
+            self.give_up(name, code)
         return len(names)
+
+    def give_up(self, name: BlockHash, code: int) -> None:
+        """Tell those who wait for it that it is not to be waited for, whatever becomes of its slot."""
+        for waiter in self._waiters.pop(name, ()):
+            waiter.block_missing(name, code)
 
     # --- readers ---
 
@@ -124,7 +145,3 @@ class Store:
     def check(self) -> None:
         self.table.check()
         assert all(waiters and self.table.is_granted(name) for name, waiters in self._waiters.items())
-
-    def _give_up(self, name: BlockHash, code: int) -> None:
-        for waiter in self._waiters.pop(name, ()):
-            waiter.block_missing(name, code)

@@ -220,27 +220,33 @@ Global___PublishReply: _TypeAlias = PublishReply  # noqa: Y015
 
 @_typing.final
 class Granted(_message.Message):
-    """Announced hashes that are in neither list are being written by somebody else."""
+    """Announced hashes that are in no list are being written by somebody else."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SLOTS_FIELD_NUMBER: _builtins.int
     SEALED_FIELD_NUMBER: _builtins.int
+    LOADING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def slots(self) -> _containers.RepeatedCompositeFieldContainer[Global___GrantedSlot]: ...
     @_builtins.property
     def sealed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """indices of blocks that are here already"""
 
+    @_builtins.property
+    def loading(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """indices of blocks that are on their way from a tier below: Fetch shows them here"""
+
     def __init__(
         self,
         *,
         slots: _abc.Iterable[Global___GrantedSlot] | None = ...,
         sealed: _abc.Iterable[_builtins.int] | None = ...,
+        loading: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sealed", b"sealed", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["loading", b"loading", "sealed", b"sealed", "slots", b"slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -378,12 +384,10 @@ class FetchReply(_message.Message):
     BLOCKS_FIELD_NUMBER: _builtins.int
     MISSING_FIELD_NUMBER: _builtins.int
     PULL_TOKEN_FIELD_NUMBER: _builtins.int
-    DATA_ADDRESS_FIELD_NUMBER: _builtins.int
-    SLOT_BYTES_FIELD_NUMBER: _builtins.int
+    BLOCK_BYTES_FIELD_NUMBER: _builtins.int
     pull_token: _builtins.bytes
-    """In the first reply alone, for agents that pull: proof of the pins on the data port, and the port's address."""
-    data_address: _builtins.str
-    slot_bytes: _builtins.int
+    """In the first reply alone, for agents that pull (over a link, kvlink.proto): names the stream's pins there."""
+    block_bytes: _builtins.int
     @_builtins.property
     def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockRef]: ...
     @_builtins.property
@@ -394,12 +398,11 @@ class FetchReply(_message.Message):
         blocks: _abc.Iterable[Global___BlockRef] | None = ...,
         missing: _abc.Iterable[Global___MissingBlock] | None = ...,
         pull_token: _builtins.bytes = ...,
-        data_address: _builtins.str = ...,
-        slot_bytes: _builtins.int = ...,
+        block_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "data_address", b"data_address", "missing", b"missing", "pull_token", b"pull_token", "slot_bytes", b"slot_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "blocks", b"blocks", "missing", b"missing", "pull_token", b"pull_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -512,3 +515,264 @@ class AuditReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AuditReply: _TypeAlias = AuditReply  # noqa: Y015
+
+@_typing.final
+class GetTiersRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTiersRequest: _TypeAlias = GetTiersRequest  # noqa: Y015
+
+@_typing.final
+class GetTiersReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierState]: ...
+    def __init__(
+        self,
+        *,
+        tiers: _abc.Iterable[Global___TierState] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tiers", b"tiers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTiersReply: _TypeAlias = GetTiersReply  # noqa: Y015
+
+@_typing.final
+class TierState(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class NumDroppedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    TIER_FIELD_NUMBER: _builtins.int
+    PLACE_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_HITS_FIELD_NUMBER: _builtins.int
+    NUM_STORED_FIELD_NUMBER: _builtins.int
+    NUM_EVICTED_FIELD_NUMBER: _builtins.int
+    NUM_DAMAGED_FIELD_NUMBER: _builtins.int
+    NUM_DROPPED_FIELD_NUMBER: _builtins.int
+    NUM_IN_USE_FIELD_NUMBER: _builtins.int
+    TROUBLE_FIELD_NUMBER: _builtins.int
+    tier: _builtins.str
+    """arena, disk, redis"""
+    place: _builtins.str
+    """a file, a directory, a host:port"""
+    num_blocks: _builtins.int
+    num_bytes: _builtins.int
+    max_bytes: _builtins.int
+    num_hits: _builtins.int
+    """blocks that were asked for and found here"""
+    num_stored: _builtins.int
+    """blocks put here since the start"""
+    num_evicted: _builtins.int
+    """for room"""
+    num_damaged: _builtins.int
+    """dropped: their bytes were not what was sealed"""
+    num_in_use: _builtins.int
+    """arena: granted or pinned"""
+    trouble: _builtins.str
+    """why it is stopped for a while; "" = it works"""
+    @_builtins.property
+    def num_dropped(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """writes that were not done, by reason"""
+
+    def __init__(
+        self,
+        *,
+        tier: _builtins.str = ...,
+        place: _builtins.str = ...,
+        num_blocks: _builtins.int = ...,
+        num_bytes: _builtins.int = ...,
+        max_bytes: _builtins.int = ...,
+        num_hits: _builtins.int = ...,
+        num_stored: _builtins.int = ...,
+        num_evicted: _builtins.int = ...,
+        num_damaged: _builtins.int = ...,
+        num_dropped: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        num_in_use: _builtins.int = ...,
+        trouble: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_bytes", b"max_bytes", "num_blocks", b"num_blocks", "num_bytes", b"num_bytes", "num_damaged", b"num_damaged", "num_dropped", b"num_dropped", "num_evicted", b"num_evicted", "num_hits", b"num_hits", "num_in_use", b"num_in_use", "num_stored", b"num_stored", "place", b"place", "tier", b"tier", "trouble", b"trouble"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TierState: _TypeAlias = TierState  # noqa: Y015
+
+@_typing.final
+class ListBlocksRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIER_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    tier: _builtins.str
+    """"" = all"""
+    limit: _builtins.int
+    """a tier; 0 = none"""
+    def __init__(
+        self,
+        *,
+        tier: _builtins.str = ...,
+        limit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListBlocksRequest: _TypeAlias = ListBlocksRequest  # noqa: Y015
+
+@_typing.final
+class ListBlocksReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIER_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    tier: _builtins.str
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldBlock]: ...
+    def __init__(
+        self,
+        *,
+        tier: _builtins.str = ...,
+        blocks: _abc.Iterable[Global___HeldBlock] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListBlocksReply: _TypeAlias = ListBlocksReply  # noqa: Y015
+
+@_typing.final
+class HeldBlock(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_PINS_FIELD_NUMBER: _builtins.int
+    GRANTED_FIELD_NUMBER: _builtins.int
+    name: _builtins.bytes
+    num_bytes: _builtins.int
+    num_pins: _builtins.int
+    """arena: streams that hold it"""
+    granted: _builtins.bool
+    """arena: being written"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.bytes = ...,
+        num_bytes: _builtins.int = ...,
+        num_pins: _builtins.int = ...,
+        granted: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["granted", b"granted", "name", b"name", "num_bytes", b"num_bytes", "num_pins", b"num_pins"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeldBlock: _TypeAlias = HeldBlock  # noqa: Y015
+
+@_typing.final
+class ClearBlocksRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIER_FIELD_NUMBER: _builtins.int
+    tier: _builtins.str
+    """"" = all"""
+    def __init__(
+        self,
+        *,
+        tier: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClearBlocksRequest: _TypeAlias = ClearBlocksRequest  # noqa: Y015
+
+@_typing.final
+class ClearBlocksReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClearedTier]: ...
+    def __init__(
+        self,
+        *,
+        tiers: _abc.Iterable[Global___ClearedTier] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tiers", b"tiers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClearBlocksReply: _TypeAlias = ClearBlocksReply  # noqa: Y015
+
+@_typing.final
+class ClearedTier(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIER_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_KEPT_FIELD_NUMBER: _builtins.int
+    tier: _builtins.str
+    num_blocks: _builtins.int
+    num_kept: _builtins.int
+    """in use"""
+    def __init__(
+        self,
+        *,
+        tier: _builtins.str = ...,
+        num_blocks: _builtins.int = ...,
+        num_kept: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_blocks", b"num_blocks", "num_kept", b"num_kept", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClearedTier: _TypeAlias = ClearedTier  # noqa: Y015

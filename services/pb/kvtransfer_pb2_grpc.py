@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from services.pb import kvtransfer_pb2 as services_dot_pb_dot_kvtransfer__pb2
+from services.pb import worker_pb2 as services_dot_pb_dot_worker__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -54,6 +55,26 @@ class KvTransferStub:
                 request_serializer=services_dot_pb_dot_kvtransfer__pb2.AuditRequest.SerializeToString,
                 response_deserializer=services_dot_pb_dot_kvtransfer__pb2.AuditReply.FromString,
                 _registered_method=True)
+        self.WatchBlocks = channel.unary_stream(
+                '/relevo.v1.KvTransfer/WatchBlocks',
+                request_serializer=services_dot_pb_dot_worker__pb2.WatchBlocksRequest.SerializeToString,
+                response_deserializer=services_dot_pb_dot_worker__pb2.BlockEvents.FromString,
+                _registered_method=True)
+        self.GetTiers = channel.unary_unary(
+                '/relevo.v1.KvTransfer/GetTiers',
+                request_serializer=services_dot_pb_dot_kvtransfer__pb2.GetTiersRequest.SerializeToString,
+                response_deserializer=services_dot_pb_dot_kvtransfer__pb2.GetTiersReply.FromString,
+                _registered_method=True)
+        self.ListBlocks = channel.unary_stream(
+                '/relevo.v1.KvTransfer/ListBlocks',
+                request_serializer=services_dot_pb_dot_kvtransfer__pb2.ListBlocksRequest.SerializeToString,
+                response_deserializer=services_dot_pb_dot_kvtransfer__pb2.ListBlocksReply.FromString,
+                _registered_method=True)
+        self.ClearBlocks = channel.unary_unary(
+                '/relevo.v1.KvTransfer/ClearBlocks',
+                request_serializer=services_dot_pb_dot_kvtransfer__pb2.ClearBlocksRequest.SerializeToString,
+                response_deserializer=services_dot_pb_dot_kvtransfer__pb2.ClearBlocksReply.FromString,
+                _registered_method=True)
 
 
 class KvTransferServicer:
@@ -94,6 +115,35 @@ class KvTransferServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchBlocks(self, request, context):
+        """The names of the blocks that a Fetch would find here: sealed in the arena, or in the directory below it (not those in
+        Redis, which come and go without this agent). As a worker's WatchBlocks; the loads are empty.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetTiers(self, request, context):
+        """What is held and what was done, tier by tier: the arena first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListBlocks(self, request, context):
+        """Names of blocks, in parts, and where each is. The most recently used first; Redis in no order.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ClearBlocks(self, request, context):
+        """Forget blocks. Those that somebody writes or reads stay.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KvTransferServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -116,6 +166,26 @@ def add_KvTransferServicer_to_server(servicer, server):
                     servicer.Audit,
                     request_deserializer=services_dot_pb_dot_kvtransfer__pb2.AuditRequest.FromString,
                     response_serializer=services_dot_pb_dot_kvtransfer__pb2.AuditReply.SerializeToString,
+            ),
+            'WatchBlocks': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchBlocks,
+                    request_deserializer=services_dot_pb_dot_worker__pb2.WatchBlocksRequest.FromString,
+                    response_serializer=services_dot_pb_dot_worker__pb2.BlockEvents.SerializeToString,
+            ),
+            'GetTiers': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTiers,
+                    request_deserializer=services_dot_pb_dot_kvtransfer__pb2.GetTiersRequest.FromString,
+                    response_serializer=services_dot_pb_dot_kvtransfer__pb2.GetTiersReply.SerializeToString,
+            ),
+            'ListBlocks': grpc.unary_stream_rpc_method_handler(
+                    servicer.ListBlocks,
+                    request_deserializer=services_dot_pb_dot_kvtransfer__pb2.ListBlocksRequest.FromString,
+                    response_serializer=services_dot_pb_dot_kvtransfer__pb2.ListBlocksReply.SerializeToString,
+            ),
+            'ClearBlocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.ClearBlocks,
+                    request_deserializer=services_dot_pb_dot_kvtransfer__pb2.ClearBlocksRequest.FromString,
+                    response_serializer=services_dot_pb_dot_kvtransfer__pb2.ClearBlocksReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -226,6 +296,114 @@ class KvTransfer:
             '/relevo.v1.KvTransfer/Audit',
             services_dot_pb_dot_kvtransfer__pb2.AuditRequest.SerializeToString,
             services_dot_pb_dot_kvtransfer__pb2.AuditReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/relevo.v1.KvTransfer/WatchBlocks',
+            services_dot_pb_dot_worker__pb2.WatchBlocksRequest.SerializeToString,
+            services_dot_pb_dot_worker__pb2.BlockEvents.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTiers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/relevo.v1.KvTransfer/GetTiers',
+            services_dot_pb_dot_kvtransfer__pb2.GetTiersRequest.SerializeToString,
+            services_dot_pb_dot_kvtransfer__pb2.GetTiersReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/relevo.v1.KvTransfer/ListBlocks',
+            services_dot_pb_dot_kvtransfer__pb2.ListBlocksRequest.SerializeToString,
+            services_dot_pb_dot_kvtransfer__pb2.ListBlocksReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ClearBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/relevo.v1.KvTransfer/ClearBlocks',
+            services_dot_pb_dot_kvtransfer__pb2.ClearBlocksRequest.SerializeToString,
+            services_dot_pb_dot_kvtransfer__pb2.ClearBlocksReply.FromString,
             options,
             channel_credentials,
             insecure,

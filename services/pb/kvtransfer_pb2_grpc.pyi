@@ -10,6 +10,7 @@ copies out of the slot that it was shown. A slot is free → granted (one writer
 from collections import abc as _abc
 from grpc import aio as _aio
 from services.pb import kvtransfer_pb2 as _kvtransfer_pb2
+from services.pb import worker_pb2 as _worker_pb2
 import abc as _abc_1
 import grpc as _grpc
 import sys
@@ -53,6 +54,16 @@ class KvTransferStub:
     """
     Audit: _grpc.UnaryUnaryMultiCallable[_kvtransfer_pb2.AuditRequest, _kvtransfer_pb2.AuditReply]
     """Counts of slots by state. They add up to num_slots, always."""
+    WatchBlocks: _grpc.UnaryStreamMultiCallable[_worker_pb2.WatchBlocksRequest, _worker_pb2.BlockEvents]
+    """The names of the blocks that a Fetch would find here: sealed in the arena, or in the directory below it (not those in
+    Redis, which come and go without this agent). As a worker's WatchBlocks; the loads are empty.
+    """
+    GetTiers: _grpc.UnaryUnaryMultiCallable[_kvtransfer_pb2.GetTiersRequest, _kvtransfer_pb2.GetTiersReply]
+    """What is held and what was done, tier by tier: the arena first."""
+    ListBlocks: _grpc.UnaryStreamMultiCallable[_kvtransfer_pb2.ListBlocksRequest, _kvtransfer_pb2.ListBlocksReply]
+    """Names of blocks, in parts, and where each is. The most recently used first; Redis in no order."""
+    ClearBlocks: _grpc.UnaryUnaryMultiCallable[_kvtransfer_pb2.ClearBlocksRequest, _kvtransfer_pb2.ClearBlocksReply]
+    """Forget blocks. Those that somebody writes or reads stay."""
 
 @_typing.type_check_only
 class KvTransferAsyncStub(KvTransferStub):
@@ -75,6 +86,16 @@ class KvTransferAsyncStub(KvTransferStub):
     """
     Audit: _aio.UnaryUnaryMultiCallable[_kvtransfer_pb2.AuditRequest, _kvtransfer_pb2.AuditReply]  # type: ignore[assignment]
     """Counts of slots by state. They add up to num_slots, always."""
+    WatchBlocks: _aio.UnaryStreamMultiCallable[_worker_pb2.WatchBlocksRequest, _worker_pb2.BlockEvents]  # type: ignore[assignment]
+    """The names of the blocks that a Fetch would find here: sealed in the arena, or in the directory below it (not those in
+    Redis, which come and go without this agent). As a worker's WatchBlocks; the loads are empty.
+    """
+    GetTiers: _aio.UnaryUnaryMultiCallable[_kvtransfer_pb2.GetTiersRequest, _kvtransfer_pb2.GetTiersReply]  # type: ignore[assignment]
+    """What is held and what was done, tier by tier: the arena first."""
+    ListBlocks: _aio.UnaryStreamMultiCallable[_kvtransfer_pb2.ListBlocksRequest, _kvtransfer_pb2.ListBlocksReply]  # type: ignore[assignment]
+    """Names of blocks, in parts, and where each is. The most recently used first; Redis in no order."""
+    ClearBlocks: _aio.UnaryUnaryMultiCallable[_kvtransfer_pb2.ClearBlocksRequest, _kvtransfer_pb2.ClearBlocksReply]  # type: ignore[assignment]
+    """Forget blocks. Those that somebody writes or reads stay."""
 
 class KvTransferServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -118,5 +139,39 @@ class KvTransferServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_kvtransfer_pb2.AuditReply, _abc.Awaitable[_kvtransfer_pb2.AuditReply]]:
         """Counts of slots by state. They add up to num_slots, always."""
+
+    @_abc_1.abstractmethod
+    def WatchBlocks(
+        self,
+        request: _worker_pb2.WatchBlocksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_worker_pb2.BlockEvents], _abc.AsyncIterator[_worker_pb2.BlockEvents]]:
+        """The names of the blocks that a Fetch would find here: sealed in the arena, or in the directory below it (not those in
+        Redis, which come and go without this agent). As a worker's WatchBlocks; the loads are empty.
+        """
+
+    @_abc_1.abstractmethod
+    def GetTiers(
+        self,
+        request: _kvtransfer_pb2.GetTiersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvtransfer_pb2.GetTiersReply, _abc.Awaitable[_kvtransfer_pb2.GetTiersReply]]:
+        """What is held and what was done, tier by tier: the arena first."""
+
+    @_abc_1.abstractmethod
+    def ListBlocks(
+        self,
+        request: _kvtransfer_pb2.ListBlocksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_kvtransfer_pb2.ListBlocksReply], _abc.AsyncIterator[_kvtransfer_pb2.ListBlocksReply]]:
+        """Names of blocks, in parts, and where each is. The most recently used first; Redis in no order."""
+
+    @_abc_1.abstractmethod
+    def ClearBlocks(
+        self,
+        request: _kvtransfer_pb2.ClearBlocksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvtransfer_pb2.ClearBlocksReply, _abc.Awaitable[_kvtransfer_pb2.ClearBlocksReply]]:
+        """Forget blocks. Those that somebody writes or reads stay."""
 
 def add_KvTransferServicer_to_server(servicer: KvTransferServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -361,6 +361,8 @@ class Load(_message.Message):
     NUM_FREE_BLOCKS_FIELD_NUMBER: _builtins.int
     PREFILL_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
     STEP_SECONDS_FIELD_NUMBER: _builtins.int
+    STEP_SECONDS_PER_REQUEST_FIELD_NUMBER: _builtins.int
+    TRANSFER_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
     num_running: _builtins.int
     """requests with KV, stepping"""
     num_waiting: _builtins.int
@@ -372,7 +374,11 @@ class Load(_message.Message):
     prefill_tokens_per_second: _builtins.float
     """EWMA over steps that computed prompt tokens; 0 = not measured yet"""
     step_seconds: _builtins.float
-    """EWMA of a step's duration; 0 = not measured yet"""
+    """EWMA of the duration of a step without prompts; 0 = not measured yet"""
+    step_seconds_per_request: _builtins.float
+    """what one more request in the batch adds to such a step; 0 = not measured yet"""
+    transfer_bytes_per_second: _builtins.float
+    """EWMA of blocks fetched from agents; 0 = not measured yet"""
     def __init__(
         self,
         *,
@@ -382,10 +388,12 @@ class Load(_message.Message):
         num_free_blocks: _builtins.int = ...,
         prefill_tokens_per_second: _builtins.float = ...,
         step_seconds: _builtins.float = ...,
+        step_seconds_per_request: _builtins.float = ...,
+        transfer_bytes_per_second: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_free_blocks", b"num_free_blocks", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens", "prefill_tokens_per_second", b"prefill_tokens_per_second", "step_seconds", b"step_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_free_blocks", b"num_free_blocks", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens", "prefill_tokens_per_second", b"prefill_tokens_per_second", "step_seconds", b"step_seconds", "step_seconds_per_request", b"step_seconds_per_request", "transfer_bytes_per_second", b"transfer_bytes_per_second"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

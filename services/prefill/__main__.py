@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 
+from relevo.allocator import use_one_heap
 from relevo.core.errors import StartupError
 from services.common.lifecycle import Process, run_service
 from services.prefill.config import PrefillSettings
@@ -13,6 +14,7 @@ from services.prefill.config import PrefillSettings
 async def serve(settings: PrefillSettings, process: Process) -> None:
     if not settings.kv_agent:
         raise StartupError("--kv-agent (or RELEVO_KV_AGENT) is missing: a prefill worker hands its blocks over there")
+    use_one_heap()  # before torch's import has made threads
     gc.disable()  # until loaded: what is imported now stays, and looking through it again and again takes a second
     # Here, because it imports torch: --help and wrong flags are answered without waiting for that.
     from services.prefill.serving import serve_prefill

@@ -54,10 +54,10 @@ class Handover:
         """Leading blocks of the prompt that need no computing: of them, the agent holds those that decode lacks."""
         if self._publication is None:
             return 0
-        num_sealed = 0
-        while num_sealed in self._publication.sealed:
-            num_sealed += 1
-        return self._first + num_sealed if num_sealed else 0
+        num_present = 0
+        while num_present in self._publication.present:
+            num_present += 1
+        return self._first + num_present if num_present else 0
 
     async def hand_over(self, num_blocks: int, block_ids: Sequence[int]) -> None:
         """Copy and seal those of the first num_blocks, all computed, that are ours to write and not sealed yet.

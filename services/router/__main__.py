@@ -38,9 +38,11 @@ async def serve(settings: RouterSettings, process: Process) -> None:
         served_model_names=tuple(settings.served_model_name) or (files.name,),
         version=__version__,
         api_key=settings.api_key.get_secret_value() if settings.api_key is not None else None,
+        salt_by_api_key=settings.salt_by_api_key,
         max_body_bytes=settings.max_body_bytes,
     )
-    app = create_app(edge, tokenizer, defaults, FleetDispatcher(fleet, defaults.eos_token_ids), registry=registry)
+    dispatcher = FleetDispatcher(fleet, defaults.eos_token_ids, registry=registry)
+    app = create_app(edge, tokenizer, defaults, dispatcher, registry=registry)
 
     process.spawn(fleet.run(), "fleet")
     await server.start()

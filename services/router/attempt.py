@@ -8,6 +8,7 @@ from typing import Protocol
 
 from relevo.core.errors import RelevoError, Unavailable
 from relevo.core.request import FinishReason
+from relevo.core.worker_load import PromptWork
 from services.common.errors import error_from_proto
 from services.pb import decode_pb2, messages_pb2
 from services.router.connection import WorkerConnection
@@ -50,17 +51,17 @@ class Attempt(Protocol):
 
 
 class DirectAttempt:
-    def __init__(self, job: Job, decode: WorkerConnection, num_uncached_tokens: int) -> None:
+    def __init__(self, job: Job, decode: WorkerConnection, work: PromptWork) -> None:
         self._job = job
         self._decode = decode
-        self._num_uncached_tokens = num_uncached_tokens
+        self._work = work
         self._call: WorkerCall | None = None
         self._num_cached_tokens = 0
 
     def start(self) -> None:
         command = decode_pb2.DecodeCommand(submit=decode_pb2.SubmitDecode(request=self._job.request))
         command.submit.request.timeout_ms = self._job.time_left_ms()
-        self._call = self._decode.submit(command, self._job.inbox, self._num_uncached_tokens)
+        self._call = self._decode.submit(command, self._job.inbox, self._work)
 
     def handle(self, call: WorkerCall, update: Update | RelevoError) -> Sequence[Event]:
         if isinstance(update, RelevoError):

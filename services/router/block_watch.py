@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from relevo.core.errors import RelevoError
+from relevo.core.prefix_index import PrefixIndex, split_names
 from services.pb import worker_pb2
-from services.router.prefix_index import PrefixIndex, split_names
 
 
 class EventGap(RelevoError):

@@ -28,7 +28,12 @@ class RouterSettings(ServiceSettings, cli_prog_name="relevo-router"):
     discovery: Literal["static"] = Field("static", description="how workers are found; static: --prefill and --decode")
     prefill: StringList = Field(default_factory=list, description="a prefill worker's host:port; may be repeated")
     decode: StringList = Field(default_factory=list, description="a decode worker's host:port; may be repeated")
-    api_key: SecretStr | None = Field(None, description="key that clients must send; open to everybody if none")
+    api_key: SecretStr | None = Field(
+        None, description="key that clients must send, or several: k1,k2; open to everybody if none"
+    )
+    salt_by_api_key: bool = Field(
+        False, description="cached blocks are shared only by requests with the same API key; needs --api-key"
+    )
     max_body_bytes: ByteSize = Field(16 << 20, ge=1024, description="largest HTTP request body, such as 16MiB")
 
     @field_validator("prefill", "decode")
@@ -39,6 +44,12 @@ class RouterSettings(ServiceSettings, cli_prog_name="relevo-router"):
             if not host or not port.isdigit() or not 0 < int(port) < 65536:
                 raise ValueError(f"{address!r} is no address: host:port is, such as 127.0.0.1:50053")
         return addresses
+
+    @model_validator(mode="after")
+    def _check_salt(self) -> Self:
+        if self.salt_by_api_key and self.api_key is None:
+            raise ValueError("--salt-by-api-key is given without --api-key (or RELEVO_API_KEY): there are no keys")
+        return self
 
     @model_validator(mode="after")
     def _check_workers(self) -> Self:

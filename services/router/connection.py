@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 
 import grpc.aio
 
+from relevo.core.block_hash import BlockHash
 from relevo.core.errors import Mismatch, RelevoError, Unavailable
+from relevo.core.placement import WorkerView
+from relevo.core.prefix_index import PrefixIndex
+from relevo.core.worker_load import PromptWork, WorkerLoad
 from services.common.errors import relevo_errors
 from services.common.grpc import cancelling, make_channel
-from services.pb import worker_pb2, worker_pb2_grpc
+from services.pb import messages_pb2, worker_pb2, worker_pb2_grpc
 from services.router.block_watch import BlockWatch
-from services.router.placement import WorkerView
-from services.router.prefix_index import PrefixIndex
 from services.router.request_stream import Command, RequestInbox, RequestStream, WorkerCall, WorkerKind
-from services.router.worker_load import WorkerLoad
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ class WorkerConnection:
         self.address = address
         self.kind = kind
         self.info: worker_pb2.WorkerInfo | None = None
-        self.load = WorkerLoad()
+        self.load = WorkerLoad(messages_pb2.Load())
         self._index = index
         self._silence_seconds = silence_seconds
         self._stream: RequestStream | None = None
@@ -56,15 +58,19 @@ class WorkerConnection:
     async def wait_connected(self) -> None:
         await self._connected.wait()
 
-    def submit(self, command: Command, inbox: RequestInbox, num_tokens: int) -> WorkerCall:
+    def submit(self, command: Command, inbox: RequestInbox, work: PromptWork) -> WorkerCall:
         """A new request on this worker. Raises Unavailable if it is not connected."""
         if self._stream is None:
             raise Unavailable(f"{self.kind.name} worker {self.address} is not connected")
-        return self._stream.submit(command, inbox, num_tokens)
+        return self._stream.submit(command, inbox, work)
 
-    def view(self, num_cached_blocks: int) -> WorkerView:
-        """For placement. Only of workers that were connected once."""
+    def view(self, hashes: Sequence[BlockHash], num_cached_blocks: int, now: float) -> WorkerView:
+        """For placement. Only of workers that were connected once.
+
+        hashes: of the prompt's blocks, of which num_cached_blocks are in the worker's pool
+        """
         assert self.info is not None
+        report = self.load.report
         return WorkerView(
             address=self.address,
             fingerprint=self.info.layout_fingerprint,
@@ -73,11 +79,13 @@ class WorkerConnection:
             has_agent=bool(self.info.agent_address),
             max_num_seqs=self.info.max_num_seqs,
             num_requests=self.load.num_requests,
-            num_waiting_tokens=self.load.num_waiting_tokens,
-            num_free_blocks=self.load.report.num_free_blocks,
-            prefill_tokens_per_second=self.load.report.prefill_tokens_per_second,
-            step_seconds=self.load.report.step_seconds,
-            num_cached_blocks=num_cached_blocks,
+            num_waiting_tokens=self.load.num_waiting_tokens(now),
+            num_free_blocks=report.num_free_blocks,
+            prefill_tokens_per_second=report.prefill_tokens_per_second,
+            step_seconds=report.step_seconds,
+            step_seconds_per_request=report.step_seconds_per_request,
+            transfer_bytes_per_second=report.transfer_bytes_per_second,
+            num_cached_blocks=max(num_cached_blocks, self.load.num_expected_blocks(hashes)),
         )
 
     async def run(self) -> None:
@@ -128,7 +136,8 @@ class WorkerConnection:
         if self.info is None or self.info.incarnation != info.incarnation:
             self._index.forget(self.address)  # another process: it has none of what the old one had
         self.info = info
-        self.load.reset(info.num_blocks)
+        # Whatever was sent is gone. Until it reports: idle, all free.
+        self.load = WorkerLoad(messages_pb2.Load(num_free_blocks=info.num_blocks))
         stream = RequestStream(self.kind, channel, f"{self.kind.name} worker {info.worker_id}", self.load)
         async with asyncio.TaskGroup() as tasks:
             watch = tasks.create_task(self._watch(channel, stream))

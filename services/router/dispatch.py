@@ -5,18 +5,24 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from relevo.core.block_hash import BlockHash, hash_blocks, root_hash
+from prometheus_client import CollectorRegistry
+
 from relevo.core.errors import Cancelled, DeadlineExceeded, Exhausted, InvalidRequest, RelevoError, Unavailable
-from services.pb import messages_pb2, worker_pb2
+from relevo.core.placement import CostModel, Placement, WorkerView, place
+from relevo.core.worker_load import PromptWork
+from services.pb import messages_pb2
 from services.router.attempt import Attempt, DirectAttempt, Event, Job
 from services.router.connection import WorkerConnection
 from services.router.fleet import Fleet
 from services.router.generation import EndEvent, ServedModel, TokensEvent
 from services.router.inbox import Inbox
-from services.router.placement import CostModel, Placement, WorkerView, place
-from services.router.request_stream import DECODE, PREFILL, RequestInbox, WorkerKind
+from services.router.prompt import Prompt
+from services.router.request_stream import DECODE, PREFILL, RequestInbox
+from services.router.route_log import Predictions, Route, RouteLog, RouteRecord
 from services.router.split import SplitAttempt
 
 logger = logging.getLogger(__name__)
@@ -27,17 +33,27 @@ DEFAULT_RETRY_AFTER_SECONDS = 1.0
 class FleetDispatcher:
     """The Dispatcher over a fleet of workers."""
 
-    def __init__(self, fleet: Fleet, eos_token_ids: Iterable[int] = (), costs: CostModel | None = None) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        eos_token_ids: Iterable[int] = (),
+        costs: CostModel | None = None,
+        *,
+        registry: CollectorRegistry | None = None,
+    ) -> None:
+        """registry: where predictions are compared with what came of them; None: nowhere that is shown."""
         self._fleet = fleet
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._costs = costs or CostModel()
+        self._planner = Planner(
+            fleet, costs or CostModel(), RouteLog(), Predictions(CollectorRegistry() if registry is None else registry)
+        )
 
     def generate(self, request: messages_pb2.GenerationRequest) -> RoutedGeneration:
         """Its deadline starts now, if it has one; nothing else does before the first __anext__."""
         stop_token_ids = frozenset(request.sampling.stop_token_ids)
         if not request.sampling.ignore_eos:
             stop_token_ids |= self._eos_token_ids
-        return RoutedGeneration(self._fleet, self._costs, request, stop_token_ids)
+        return RoutedGeneration(self._planner, request, stop_token_ids)
 
     def model(self) -> ServedModel | None:
         return self._fleet.model()
@@ -45,26 +61,39 @@ class FleetDispatcher:
     def is_ready(self) -> bool:
         return bool(self._fleet.connected(DECODE))
 
+    def explain(self, request_id: str) -> Sequence[Mapping[str, Any]]:
+        return [record.explain() for record in self._planner.log.find(request_id)]
 
-class Prompt:
-    """A prompt and the names of its blocks, which depend on the layout of whoever holds them."""
 
-    def __init__(self, request: messages_pb2.GenerationRequest) -> None:
-        self._request = request
-        self._hashes: dict[tuple[bytes, int], list[BlockHash]] = {}
+@dataclass(frozen=True, slots=True)
+class Planner:
+    """What placing takes, and what is learned from it."""
 
-    def hashes(self, info: worker_pb2.WorkerInfo) -> list[BlockHash]:
-        """Of the full blocks, for this worker; computed once a layout."""
-        layout = (info.layout_fingerprint, info.block_size)
-        if layout not in self._hashes:
-            root = root_hash(info.layout_fingerprint, cache_salt=self._request.cache_salt)
-            self._hashes[layout] = hash_blocks(root, self._request.prompt_token_ids, info.block_size)
-        return self._hashes[layout]
+    fleet: Fleet
+    costs: CostModel
+    log: RouteLog
+    predictions: Predictions
 
-    @property
-    def affinity(self) -> bytes:
-        """The first block's name, b"" for prompts shorter than a block."""
-        return next((hashes[0] for hashes in self._hashes.values() if hashes), b"")
+    async def place(self, prompt: Prompt, num_tokens: int, without: Iterable[str], now: float) -> Placement | None:
+        """without: addresses of decode workers that have refused. now: on the event loop's clock."""
+        fleet = self.fleet
+        prefills = fleet.connected(PREFILL)
+        decodes = [worker for worker in fleet.connected(DECODE) if worker.address not in without]
+        await prompt.hash_for(worker.info for worker in [*prefills, *decodes] if worker.info is not None)
+        known: dict[int, dict[str, int]] = {}  # by the list of names: what the index says of it
+
+        def views(workers: list[WorkerConnection]) -> list[WorkerView]:
+            found = []
+            for worker in workers:
+                if not worker.is_connected or worker.info is None:
+                    continue  # lost while the prompt was hashed
+                hashes = prompt.hashes(worker.info)
+                if id(hashes) not in known:
+                    known[id(hashes)] = fleet.index.lookup(hashes)
+                found.append(worker.view(hashes, known[id(hashes)].get(worker.address, 0), now))
+            return found
+
+        return place(num_tokens, views(prefills), views(decodes), costs=self.costs, affinity=prompt.affinity)
 
 
 class RoutedGeneration:
@@ -75,14 +104,15 @@ class RoutedGeneration:
 
     def __init__(
         self,
-        fleet: Fleet,
-        costs: CostModel,
+        planner: Planner,
         request: messages_pb2.GenerationRequest,
         stop_token_ids: frozenset[int],
     ) -> None:
         self.placement: Placement | None = None
-        self._fleet = fleet
-        self._costs = costs
+        self.record = RouteRecord(request.request_id, len(request.prompt_token_ids))
+        self._planner = planner
+        self._fleet = planner.fleet
+        self._placed_at = 0.0
         self._request = request
         self._stop_token_ids = stop_token_ids
         self._prompt = Prompt(request)
@@ -113,6 +143,9 @@ class RoutedGeneration:
                 self._finish(error)
         return self._events.popleft()
 
+    def explain(self, max_candidates: int | None = None) -> Mapping[str, Any] | None:
+        return self.record.explain(max_candidates) if self.record.routes else None
+
     async def aclose(self) -> None:
         """Cancels the request at every stage if it has not ended; an iteration in progress raises Cancelled."""
         self._events.clear()
@@ -121,7 +154,7 @@ class RoutedGeneration:
 
     async def _advance(self) -> None:
         """Work off what workers have said; waits until they say something."""
-        attempt = self._attempt or self._choose()
+        attempt = self._attempt or await self._choose()
         try:
             if self._attempt is None:
                 self._attempt = attempt
@@ -136,34 +169,25 @@ class RoutedGeneration:
                 raise
             self._refuse(error)
 
-    def _choose(self) -> Attempt:
+    async def _choose(self) -> Attempt:
         """The cheapest candidate that has not refused. Raises Exhausted or Unavailable if there is none."""
         self._check()
-        decode_views = self._views(DECODE)
-        placement = place(
-            len(self._request.prompt_token_ids),
-            self._views(PREFILL),
-            decode_views,
-            costs=self._costs,
-            affinity=self._prompt.affinity,
-        )
+        num_tokens = len(self._request.prompt_token_ids)
+        placement = await self._planner.place(self._prompt, num_tokens, self._refusals, self._loop.time())
+        if self._is_over:  # the client left, or the time did, while the prompt was hashed
+            await self._inbox.take()
         if placement is None:
             raise self._nobody_left()
-        self.placement = placement
         best = placement.best
+        self._note_placement(placement)
         logger.debug("placed: %s", best, extra={"request_id": self._request.request_id})
         job = Job(self._request, self._inbox, self._time_left_ms, self._stop_token_ids)
         decode = self._fleet.worker(DECODE, best.decode)
+        assert decode.info is not None
+        work = PromptWork(num_tokens, best.num_uncached_tokens, self._prompt.hashes(decode.info))
         if best.prefill is None:
-            return DirectAttempt(job, decode, best.num_uncached_tokens)
-        return SplitAttempt(job, decode, self._fleet.worker(PREFILL, best.prefill), best.num_uncached_tokens)
-
-    def _views(self, kind: WorkerKind) -> list[WorkerView]:
-        return [self._view(worker) for worker in self._fleet.connected(kind) if worker.address not in self._refusals]
-
-    def _view(self, worker: WorkerConnection) -> WorkerView:
-        assert worker.info is not None
-        return worker.view(self._fleet.index.num_cached_blocks(worker.address, self._prompt.hashes(worker.info)))
+            return DirectAttempt(job, decode, work)
+        return SplitAttempt(job, decode, self._fleet.worker(PREFILL, best.prefill), work)
 
     def _check(self) -> None:
         """The edge has looked already; what comes here wrong all the same must not reach a worker."""
@@ -186,6 +210,7 @@ class RoutedGeneration:
             "decode worker %s is out: %s", address, error.message, extra={"request_id": self._request.request_id}
         )
         self._refusals[address] = error
+        self.record.routes[-1].refused = error.message
         self._attempt.cancel()
         self._attempt = None
         self._inbox = Inbox()  # what the old attempt left in the old one is of no interest
@@ -200,9 +225,12 @@ class RoutedGeneration:
 
     def _append(self, event: Event) -> None:
         if isinstance(event, EndEvent):
+            self._note_cached(event.num_cached_tokens)
             self._events.append(event)
             self._finish(None)
             return
+        if not self._has_tokens:
+            self._note_first_token()
         self._has_tokens = True
         last = self._events[-1] if self._events else None
         if isinstance(last, TokensEvent):  # the reader is behind: several steps become one event
@@ -211,6 +239,24 @@ class RoutedGeneration:
             )
             self._events.pop()
         self._events.append(event)
+
+    def _note_placement(self, placement: Placement) -> None:
+        self.placement = placement
+        self._placed_at = self._loop.time()
+        if not self.record.routes:
+            self._planner.log.add(self.record)
+        best = placement.best
+        self.record.routes.append(Route(placement, best.ttft_ms, best.num_cached_tokens))
+
+    def _note_first_token(self) -> None:
+        route = self.record.routes[-1]
+        route.actual_ttft_ms = 1000 * (self._loop.time() - self._placed_at)
+        self._planner.predictions.observe_ttft(route)
+
+    def _note_cached(self, num_cached_tokens: int) -> None:
+        route = self.record.routes[-1]
+        route.actual_cached_tokens = num_cached_tokens
+        self._planner.predictions.observe_cached(route, self.record.num_prompt_tokens)
 
     def _finish(self, failure: RelevoError | None) -> None:
         """Nothing more comes from workers; `failure` is raised after the events that are there already."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
+from relevo.core.prefix_index import PrefixIndex
 from services.common.discovery import Discovery
 from services.router.connection import SILENCE_SECONDS, WorkerConnection
 from services.router.generation import ServedModel
-from services.router.prefix_index import PrefixIndex
 from services.router.request_stream import DECODE, PREFILL, WorkerKind
 
 

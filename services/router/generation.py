@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from relevo.core.request import FinishReason
 from services.pb import messages_pb2
@@ -44,6 +44,9 @@ class Generation(Protocol):
 
     async def __anext__(self) -> TokensEvent | EndEvent: ...
 
+    def explain(self, max_candidates: int | None = None) -> Mapping[str, Any] | None:
+        """Why it was placed where it was, as JSON, with so many candidates of each try; None before it was placed."""
+
     async def aclose(self) -> None:
         """Cancels the request at every stage if it has not ended. Calling it twice, or after the end, is harmless."""
 
@@ -65,6 +68,9 @@ class Dispatcher(Protocol):
 
     def model(self) -> ServedModel | None:
         """None until some worker was seen."""
+
+    def explain(self, request_id: str) -> Sequence[Mapping[str, Any]]:
+        """Generation.explain of the request, or of those named REQUEST_ID-0, -1, …; empty if too long ago, or never."""
 
     def is_ready(self) -> bool:
         """Whether a request could be served now."""

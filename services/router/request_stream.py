@@ -11,13 +11,14 @@ import grpc
 import grpc.aio
 
 from relevo.core.errors import InvalidRequest, RelevoError, Unavailable
+from relevo.core.worker_load import PromptWork, WorkerLoad
 from services.common.errors import relevo_errors
 from services.common.grpc import MAX_MESSAGE_BYTES
-from services.pb import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, worker_pb2
+from services.pb import decode_pb2, decode_pb2_grpc, messages_pb2, prefill_pb2, prefill_pb2_grpc, worker_pb2
 from services.router.inbox import Inbox
-from services.router.worker_load import WorkerLoad
 
 MAX_PENDING_SUBMITS = 1024
+_FIRST_TOKENS = frozenset({"first_token", "tokens"})  # updates that say that the prompt is computed
 MAX_COMMAND_BYTES = MAX_MESSAGE_BYTES - 4096  # what is added on the way, such as a ticket's numbers, has room
 
 Command: TypeAlias = prefill_pb2.PrefillCommand | decode_pb2.DecodeCommand
@@ -76,7 +77,9 @@ RequestInbox: TypeAlias = Inbox[tuple[WorkerCall, Update | RelevoError]]
 class RequestStream:
     """Multiplexes requests by handle. run() lives as long as the stream; when it returns every call has ended."""
 
-    def __init__(self, kind: WorkerKind, channel: grpc.aio.Channel, peer: str, load: WorkerLoad) -> None:
+    def __init__(
+        self, kind: WorkerKind, channel: grpc.aio.Channel, peer: str, load: WorkerLoad[messages_pb2.Load]
+    ) -> None:
         self._kind = kind
         self._peer = peer
         self._load = load
@@ -91,8 +94,8 @@ class RequestStream:
     def num_requests(self) -> int:
         return len(self._calls)
 
-    def submit(self, command: Command, inbox: RequestInbox, num_tokens: int) -> WorkerCall:
-        """A new request; `command` is its Submit, num_tokens what this worker will compute of the prompt.
+    def submit(self, command: Command, inbox: RequestInbox, work: PromptWork) -> WorkerCall:
+        """A new request; `command` is its Submit, `work` what is to be done with the prompt.
 
         Raises Unavailable if the stream is over or the worker does not take commands, InvalidRequest if it is too big.
         """
@@ -105,7 +108,7 @@ class RequestStream:
         call = WorkerCall(self, self._next_handle, inbox)
         self._next_handle += 1
         self._calls[call.handle] = call
-        self._load.sent(call.handle, num_tokens, asyncio.get_running_loop().time())
+        self._load.sent(call.handle, work, asyncio.get_running_loop().time())
         self.send(call.handle, command)
         return call
 
@@ -169,12 +172,15 @@ class RequestStream:
         call = self._calls.get(update.handle)
         if call is None:
             return  # cancelled while this was on its way
-        if update.WhichOneof("update") == "ended":
+        kind = update.WhichOneof("update")
+        if kind == "ended":
             self._forget(call)
+        elif kind in _FIRST_TOKENS:
+            self._load.computed(call.handle, asyncio.get_running_loop().time())
         if not call.inbox.put((call, update)):
             self.cancel(call)
 
     def _forget(self, call: WorkerCall) -> None:
         call.ended = True
         del self._calls[call.handle]
-        self._load.ended(call.handle)
+        self._load.ended(call.handle, asyncio.get_running_loop().time())

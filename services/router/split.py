@@ -10,12 +10,15 @@ that went to the client was told to decode too, so that decode does not give it 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import assert_never
 
 from relevo.core.errors import RelevoError, Unavailable
 from relevo.core.request import FinishReason
+from relevo.core.worker_load import PromptWork, WorkerLoad
 from services.pb import decode_pb2, messages_pb2, prefill_pb2
 from services.router.attempt import Event, Job, decode_events, end_event, tokens_event
 from services.router.connection import WorkerConnection
@@ -28,19 +31,21 @@ logger = logging.getLogger(__name__)
 class SplitAttempt:
     """See the module. The decode worker's failures are raised, the prefill worker's are got over."""
 
-    def __init__(self, job: Job, decode: WorkerConnection, prefill: WorkerConnection, num_uncached_tokens: int) -> None:
+    def __init__(self, job: Job, decode: WorkerConnection, prefill: WorkerConnection, work: PromptWork) -> None:
+        """work: the prefill worker's."""
         assert decode.info is not None
         assert prefill.info is not None
         self._job = job
         self._decode = decode
         self._prefill = prefill
-        self._num_uncached_tokens = num_uncached_tokens
+        self._work = work
         self._block_size = decode.info.block_size
         self._ticket = messages_pb2.Ticket(
             prefill_worker_id=prefill.info.worker_id, decode_worker_id=decode.info.worker_id
         )
         self._decode_call: WorkerCall | None = None
         self._prefill_call: WorkerCall | None = None
+        self._plan: WorkerLoad[messages_pb2.Load] | None = None  # where this counts before it is submitted
         self._awaits_prefill = False  # submitted there, and neither Ended nor given up
         self._first_token_id: int | None = None
         self._num_cached_tokens = 0  # at decode, or at prefill if that is more
@@ -54,7 +59,12 @@ class SplitAttempt:
             submit=decode_pb2.SubmitDecode(request=self._job.request, ticket=self._ticket)
         )
         command.submit.request.timeout_ms = self._job.time_left_ms()
-        self._decode_call = self._decode.submit(command, self._job.inbox, 0)
+        # Its blocks are not expected there: another prompt would not wait for their transfer, but compute them.
+        work = replace(self._work, num_uncached_tokens=0, hashes=())
+        self._decode_call = self._decode.submit(command, self._job.inbox, work)
+        # Prefill gets it when decode has accepted. Those that are placed until then must know that it will.
+        self._plan = self._prefill.load
+        self._plan.sent(self, self._work, asyncio.get_running_loop().time())
 
     def handle(self, call: WorkerCall, update: Update | RelevoError) -> Sequence[Event]:
         if isinstance(update, RelevoError):
@@ -68,6 +78,7 @@ class SplitAttempt:
         assert_never(update)
 
     def cancel(self) -> None:
+        self._end_plan()
         for call in (self._decode_call, self._prefill_call):
             if call is not None:
                 call.cancel()
@@ -83,7 +94,13 @@ class SplitAttempt:
             return ()
         return decode_events(update, self._num_cached_tokens)
 
+    def _end_plan(self) -> None:
+        if self._plan is not None:
+            self._plan.ended(self, asyncio.get_running_loop().time())
+            self._plan = None
+
     def _start_prefill(self, num_blocks_at_decode: int) -> None:
+        self._end_plan()
         self._num_cached_tokens = num_blocks_at_decode * self._block_size
         if num_blocks_at_decode >= len(self._job.request.prompt_token_ids) // self._block_size:
             self._compute_locally()  # it has all that could be sent: the index was behind
@@ -94,7 +111,7 @@ class SplitAttempt:
         )
         command.submit.request.timeout_ms = self._job.time_left_ms()
         try:
-            self._prefill_call = self._prefill.submit(command, self._job.inbox, self._num_uncached_tokens)
+            self._prefill_call = self._prefill.submit(command, self._job.inbox, self._work)
         except Unavailable as error:
             self._go_on_without_prefill(error)
         else:

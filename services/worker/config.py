@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from relevo.engine.config import AttentionBackend, Device, Dtype, EngineConfig, LoadFormat
-from services.common.config import ByteSize, ServiceSettings
+from relevo.engine.config import AttentionBackend, Device, Dtype, EngineConfig, LoadFormat, Quantization
+from services.common.config import ByteSize
+from services.common.security import PeerSettings
 
 
-class WorkerSettings(ServiceSettings):
+class WorkerSettings(PeerSettings):
     """Settings of a prefill or decode worker."""
 
     worker_id: str = Field("", description="stable name, e.g. decode-0; by default the role and the port")
@@ -24,6 +25,12 @@ class WorkerSettings(ServiceSettings):
     seed: int = Field(0, ge=0, description="of dummy weights")
     device: Device = Field("auto", description="auto: cuda where there is one, else cpu")
     attention_backend: AttentionBackend = Field("auto", description="auto: the fastest for the device")
+    passes: bool = Field(True, description="replace modules of the model by faster ones that were shown to be equal")
+    quantization: Quantization = Field("none", description="of the weights; int8 reads half the bytes for each token")
+    threads: int | None = Field(None, ge=1, description="that compute; by default one a core that this process has")
+    turn_file: str | None = Field(
+        None, description="shared by this host's workers, which then compute one at a time; by default none"
+    )
     kv_agent: str = Field("", description="address of this host's KV transfer agent; empty: none, no split requests")
     attach_timeout_seconds: float = Field(30.0, gt=0, description="how long start-up waits for the KV agent")
     max_num_waiting: int = Field(512, ge=1, description="requests queued before new ones are refused")
@@ -48,4 +55,8 @@ class WorkerSettings(ServiceSettings):
             seed=self.seed,
             device=self.device,
             attention_backend=self.attention_backend,
+            passes=self.passes,
+            quantization=self.quantization,
+            threads=self.threads,
+            turn_file=self.turn_file,
         )

@@ -72,6 +72,7 @@ def load_to_pb(load: EngineLoad) -> pb.Load:
         num_free_blocks=load.num_free_blocks,
         prefill_tokens_per_second=load.prefill_tokens_per_second,
         step_seconds=load.step_seconds,
+        step_seconds_per_request=load.step_seconds_per_request,
     )
 
 

@@ -16,6 +16,7 @@ from relevo.engine.engine import Engine
 from relevo.engine.engine_thread import EngineThread
 from services.common.grpc import Registration, make_server
 from services.common.lifecycle import Process
+from services.common.security import read_security
 from services.common.telemetry import make_registry, serve_metrics
 from services.kvtransfer.client import KvAgentClient
 from services.pb import worker_pb2, worker_pb2_grpc
@@ -46,7 +47,7 @@ async def serve_worker(
     agent = None
     agent_address = ""
     if settings.kv_agent:
-        agent = KvAgentClient(settings.kv_agent, worker_id, process.incarnation)
+        agent = KvAgentClient(settings.kv_agent, worker_id, process.incarnation, read_security(settings))
         process.stack.push_async_callback(agent.close)
         agent_address = await _attach(agent, info, settings.attach_timeout_seconds)
 

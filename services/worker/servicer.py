@@ -8,8 +8,8 @@ from typing import Any
 
 import grpc.aio
 
+from services.common.block_events import BlockEvents
 from services.pb import worker_pb2, worker_pb2_grpc
-from services.worker.block_events import BlockEvents
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServicer):

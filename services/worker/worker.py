@@ -12,8 +12,8 @@ from typing import Any, Protocol
 from relevo.core.errors import Exhausted, RelevoError, Unavailable
 from relevo.core.request import Request
 from relevo.engine.step_result import StepResult
+from services.common.block_events import BlockEvents
 from services.pb.messages_pb2 import Load
-from services.worker.block_events import BlockEvents
 from services.worker.config import WorkerSettings
 from services.worker.copying import Copier
 from services.worker.messages import load_to_pb

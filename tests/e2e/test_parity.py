@@ -24,6 +24,7 @@ from tests.support.tiny_models import EOS, TinyModels
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, seed=0)
 ON_NUMBA = ("llama", "mistral", "gemma2", "gemma3", "gpt_oss")  # the others: on the reference kernels
 OVER_TCP = ("llama", "gemma3")
+WITHOUT_PASSES = ("llama", "gemma3", "mixtral")
 
 
 @pytest.fixture(autouse=True)
@@ -78,10 +79,15 @@ def num_computed(answers: Sequence[Sequence[int]], num_uncached: Sequence[int]) 
 
 
 @pytest.mark.parametrize(
-    ("architecture", "num_agents"), [*((name, 1) for name in ARCHITECTURES), *((name, 2) for name in OVER_TCP)]
+    ("architecture", "num_agents", "passes"),
+    [
+        *((name, 1, True) for name in ARCHITECTURES),
+        *((name, 2, True) for name in OVER_TCP),
+        *((name, 1, False) for name in WITHOUT_PASSES),
+    ],
 )
 async def test_greedy_tokens_are_those_of_transformers(
-    tiny_models: TinyModels, tmp_path: Path, architecture: str, num_agents: int
+    tiny_models: TinyModels, tmp_path: Path, architecture: str, num_agents: int, passes: bool
 ) -> None:
     """Split, and again from decode's cache; split with prefill and agent warm; unsplit, and again from the cache."""
     path = tiny_models.path(architecture)
@@ -91,13 +97,12 @@ async def test_greedy_tokens_are_those_of_transformers(
     unsent = [len(prompt) - num_full(prompt) * BLOCK_SIZE for prompt in prompts()]
     # What is cached everywhere still has its last token computed, and so the block that it is in.
     warm = [len(prompt) - (len(prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE for prompt in prompts()]
-    backend = "cpu" if architecture in ON_NUMBA else "reference"
+    settings = {"attention_backend": "cpu" if architecture in ON_NUMBA else "reference", "passes": passes}
     async with AsyncExitStack() as stack:
         agents = [await stack.enter_async_context(running_agent(tmp_path, num_blocks=4000)) for _ in range(num_agents)]
-        prefill = await stack.enter_async_context(real_worker(path, "prefill", agents[0], attention_backend=backend))
+        prefill = await stack.enter_async_context(real_worker(path, "prefill", agents[0], **settings))
         decode, other_decode = [
-            await stack.enter_async_context(real_worker(path, "decode", agents[-1], attention_backend=backend))
-            for _ in range(2)
+            await stack.enter_async_context(real_worker(path, "decode", agents[-1], **settings)) for _ in range(2)
         ]
         counters = agents[0].store.counters
 

@@ -23,6 +23,7 @@ import openai
 import pytest
 
 from relevo import demo
+from relevo.engine.turns import Turns
 from services.pb import kvtransfer_pb2, kvtransfer_pb2_grpc, router_pb2, router_pb2_grpc
 from tests.support.tiny_models import TinyModels
 
@@ -253,6 +254,24 @@ async def seconds_to_free_after_hang_up(serve: Serve) -> float:
     return time.monotonic() - hung_up
 
 
+def test_workers_take_turns_at_the_cores(split: Serve) -> None:
+    """Both map the same memory, which has no name; every computed step takes a turn, of either."""
+    files = set()
+    for name in ("prefill-0", "decode-0"):
+        pid = split.child(name).pid
+        arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        path = next(each for each in arguments if each.startswith("--turn-file=")).partition("=")[2]
+        files.add(path.replace("self", str(pid)))
+    turns = [Turns(path) for path in files]
+    before = [each.num_turns for each in turns]
+    split.client.completions.create(
+        model=MODEL, prompt="import numpy\n" * 50, max_tokens=8, extra_body={"ignore_eos": True}
+    )
+    after = [each.num_turns for each in turns]
+    assert len(turns) == 2 and after[0] == after[1] >= before[0] + 8
+    assert before[0] == before[1]
+
+
 def test_service_by_itself_has_health_and_reflection(split: Serve) -> None:
     from grpc_health.v1 import health_pb2, health_pb2_grpc
     from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -303,6 +322,7 @@ def test_aggregated_has_no_prefill_and_answers_the_same(split: Serve, tmp_path: 
     serve = Serve("--config", str(config))
     try:
         assert [child.name for child in serve.children] == ["decode-0", "router"]
+        assert b"--turn-file" not in Path(f"/proc/{serve.child('decode-0').pid}/cmdline").read_bytes()
         ask = {"model": MODEL, "prompt": LONG_PROMPT, "max_tokens": 16, "temperature": 0}
         with pytest.raises(openai.AuthenticationError):
             serve.client.completions.create(**ask)  # type: ignore[call-overload]

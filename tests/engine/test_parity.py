@@ -40,14 +40,15 @@ def generate(
     return list(answers.values())
 
 
+@pytest.mark.parametrize("passes", [True, False], ids=["passes", "plain"])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_greedy_equals_transformers(tiny_models: TinyModels, architecture: str, backend: str) -> None:
+def test_greedy_equals_transformers(tiny_models: TinyModels, architecture: str, backend: str, passes: bool) -> None:
     """One batch of mixed lengths in chunks of 32, then again from the cache, then one by one."""
     path = tiny_models.path(architecture)
     expected = transformers_greedy(path)
     assert has_variety(expected)
-    engine = make_engine(str(path), backend=backend, max_num_batched_tokens=32, max_num_seqs=8)
+    engine = make_engine(str(path), backend=backend, passes=passes, max_num_batched_tokens=32, max_num_seqs=8)
     assert generate(engine, prompts()) == expected
     assert generate(engine, prompts()) == expected
     assert [generate(engine, [prompt])[0] for prompt in prompts()] == expected

@@ -14,6 +14,7 @@ from transformers.generation.logits_process import RepetitionPenaltyLogitsProces
 
 from relevo.core.sampling_params import SamplingParams
 from relevo.engine.sampler import BadLogits, Sampler, SamplingRow
+from relevo.kernels import Kernels, load_backend
 from tests.support.statistics import chi_squared_pvalue
 
 EOS = 2
@@ -28,14 +29,22 @@ def make_logits(n: int, vocab: int, seed: int = 0, spread: float = 3.0) -> torch
     return torch.randn(n, vocab, generator=torch.Generator().manual_seed(seed)) * spread
 
 
-def choose(logits: list[float] | torch.Tensor, row: SamplingRow) -> int:
+@pytest.fixture(params=["reference", "cpu"])
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    return load_backend(request.param, "cpu")
+
+
+def choose(kernels: Kernels, logits: list[float] | torch.Tensor, row: SamplingRow) -> int:
     values = torch.as_tensor(logits, dtype=torch.float32).unsqueeze(0)
-    return Sampler(values.shape[1], "cpu").sample(values, [row])[0].token_id
+    return Sampler(values.shape[1], "cpu", kernels).sample(values, [row])[0].token_id
+
+
+def process(logits: torch.Tensor, row: SamplingRow) -> torch.Tensor:
+    return Sampler(logits.shape[1], "cpu", load_backend("reference", "cpu"))._process(logits, [row])
 
 
 def processed(logits: list[float], row: SamplingRow) -> list[float]:
-    values = torch.tensor([logits])
-    result: list[float] = Sampler(len(logits), "cpu")._process(values, [row])[0].tolist()
+    result: list[float] = process(torch.tensor([logits]), row)[0].tolist()
     return result
 
 
@@ -56,59 +65,70 @@ ROW_PARAMS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @settings(max_examples=40, deadline=None)
-@given(st.lists(ROW_PARAMS, min_size=1, max_size=9), st.sampled_from([7, 130, 4099]), st.randoms(), st.integers(0, 99))
+@given(
+    params=st.lists(ROW_PARAMS, min_size=1, max_size=9),
+    vocab=st.sampled_from([7, 130, 4099]),
+    random=st.randoms(),
+    logits_seed=st.integers(0, 99),
+)
 def test_token_does_not_depend_on_the_rest_of_the_batch(
-    params: list[dict[str, Any]], vocab: int, random: Any, logits_seed: int
+    backend: str, params: list[dict[str, Any]], vocab: int, random: Any, logits_seed: int
 ) -> None:
+    kernels = load_backend(backend, "cpu")
     rows = [
         make_row(random.choices(range(7), k=4), random.choices(range(7), k=random.randrange(5)), **p) for p in params
     ]
     logits = make_logits(len(rows), vocab, logits_seed)
-    sampler = Sampler(vocab, "cpu")
+    sampler = Sampler(vocab, "cpu", kernels)
     together = sampler.sample(logits, rows)
     assert [sampler.sample(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)] == together
     order = random.sample(range(len(rows)), random.randint(1, len(rows)))
     assert sampler.sample(logits[order], [rows[i] for i in order]) == [together[i] for i in order]
 
 
-def test_rows_beyond_one_part_of_the_draw_get_their_own_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_beyond_one_part_of_the_draw_get_their_own_token(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
     logits, rows = make_logits(30, 50), [make_row(seed=i) for i in range(30)]
-    sampler = Sampler(50, "cpu")
+    sampler = Sampler(50, "cpu", kernels)
     whole = sampler.sample(logits, rows)
-    monkeypatch.setattr("relevo.engine.sampler.DRAW_ELEMENTS", 4 * 50)
+    monkeypatch.setattr("relevo.kernels.sampling.DRAW_ELEMENTS", 4 * 50)
     assert sampler.sample(logits, rows) == whole
 
 
-def test_seed_and_position_choose_the_token() -> None:
+def test_seed_and_position_choose_the_token(kernels: Kernels) -> None:
     logits = torch.zeros(200, 1000)
-    sampler = Sampler(1000, "cpu")
+    sampler = Sampler(1000, "cpu", kernels)
     by_seed = [token.token_id for token in sampler.sample(logits, [make_row(seed=i) for i in range(200)])]
     by_position = [token.token_id for token in sampler.sample(logits, [make_row([0] * i) for i in range(1, 201)])]
     assert len(set(by_seed)) > 150 and len(set(by_position)) > 150
     # Position is that of the new token in the sequence; where the prompt ends makes no difference.
-    assert choose(logits[0], make_row([5, 6], [7, 8], seed=9)) == choose(logits[0], make_row([1, 2, 3, 4], seed=9))
+    assert choose(kernels, logits[0], make_row([5, 6], [7, 8], seed=9)) == choose(
+        kernels, logits[0], make_row([1, 2, 3, 4], seed=9)
+    )
 
 
-def test_greedy_is_argmax_with_the_lowest_id_of_equals() -> None:
+def test_greedy_is_argmax_with_the_lowest_id_of_equals(kernels: Kernels) -> None:
     logits = make_logits(8, 1000)
     logits[3] = 0.0
     logits[4, 10] = logits[4, 900] = 99.0
-    tokens = Sampler(1000, "cpu").sample(logits, [make_row(temperature=0.0)] * 8)
+    tokens = Sampler(1000, "cpu", kernels).sample(logits, [make_row(temperature=0.0)] * 8)
     assert [token.token_id for token in tokens] == [row.index(max(row)) for row in logits.tolist()]
     assert tokens[3].token_id == 0 and tokens[4].token_id == 10
 
 
-def test_greedy_batch_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relevo.engine.sampler._draw_rows", None)
-    Sampler(50, "cpu").sample(make_logits(4, 50), [make_row(temperature=0.0)] * 4)
+def test_greedy_batch_draws_nothing(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Sampler, "_draw", None)
+    Sampler(50, "cpu", kernels).sample(make_logits(4, 50), [make_row(temperature=0.0)] * 4)
 
 
 @pytest.mark.parametrize("params", [{"temperature": 1e-6}, {"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}])
-def test_what_leaves_one_token_is_greedy(params: dict[str, Any]) -> None:
+def test_what_leaves_one_token_is_greedy(kernels: Kernels, params: dict[str, Any]) -> None:
     logits = make_logits(20, 300)
     rows = [make_row(seed=i, **params) for i in range(20)]
-    tokens = Sampler(300, "cpu").sample(logits, rows)
+    tokens = Sampler(300, "cpu", kernels).sample(logits, rows)
     assert [token.token_id for token in tokens] == logits.argmax(-1).tolist()
 
 
@@ -128,40 +148,42 @@ def test_repetition_penalty_equals_transformers(token_ids: list[int], penalty: f
     logits = make_logits(1, 50, seed)
     row = make_row(token_ids, repetition_penalty=penalty)
     expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([token_ids]), logits.clone())
-    torch.testing.assert_close(Sampler(50, "cpu")._process(logits, [row]), expected, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(process(logits, row), expected, rtol=1e-6, atol=0.0)
 
 
 def test_bias_comes_before_penalties_and_leaves_the_callers_logits_alone() -> None:
     logits = torch.tensor([[1.0, 1.0, 1.0]])
     row = make_row([0], [1], logit_bias={1: 3.0, 99: 5.0}, repetition_penalty=2.0)
-    assert Sampler(3, "cpu")._process(logits, [row]).tolist() == [[0.5, 2.0, 1.0]]
+    assert process(logits, row).tolist() == [[0.5, 2.0, 1.0]]
     assert logits.tolist() == [[1.0, 1.0, 1.0]]
 
 
-def test_bias_of_100_decides() -> None:
+def test_bias_of_100_decides(kernels: Kernels) -> None:
     logits = make_logits(1, 500)[0]
     likeliest = int(logits.argmax())
     for seed in range(50):
-        assert choose(logits, make_row(seed=seed, logit_bias={77: 100.0})) == 77
-        assert choose(logits, make_row(seed=seed, temperature=2.0, logit_bias={likeliest: -100.0})) != likeliest
+        assert choose(kernels, logits, make_row(seed=seed, logit_bias={77: 100.0})) == 77
+        assert (
+            choose(kernels, logits, make_row(seed=seed, temperature=2.0, logit_bias={likeliest: -100.0})) != likeliest
+        )
 
 
-def test_min_tokens_excludes_what_would_end_the_request() -> None:
+def test_min_tokens_excludes_what_would_end_the_request(kernels: Kernels) -> None:
     logits = [0.0, 0.0, 50.0, 40.0, 1.0]  # EOS is 2
     params: dict[str, Any] = {"min_tokens": 2, "stop_token_ids": (3, 99), "temperature": 0.0}
-    assert choose(logits, make_row([0], [], **params)) == 4
-    assert choose(logits, make_row([0], [4], **params)) == 4
-    assert choose(logits, make_row([0], [4, 4], **params)) == EOS
-    assert choose(logits, make_row([0], [], ignore_eos=True, **params)) == EOS
+    assert choose(kernels, logits, make_row([0], [], **params)) == 4
+    assert choose(kernels, logits, make_row([0], [4], **params)) == 4
+    assert choose(kernels, logits, make_row([0], [4, 4], **params)) == EOS
+    assert choose(kernels, logits, make_row([0], [], ignore_eos=True, **params)) == EOS
     for seed in range(50):
-        assert choose(logits, make_row([0], [], seed=seed, min_tokens=1, temperature=5.0)) != EOS
+        assert choose(kernels, logits, make_row([0], [], seed=seed, min_tokens=1, temperature=5.0)) != EOS
 
 
-def test_logprobs_are_the_models_own() -> None:
+def test_logprobs_are_the_models_own(kernels: Kernels) -> None:
     probs = [0.1, 0.4, 0.2, 0.3]
     logits = [math.log(p) + 5.0 for p in probs]
     row = make_row(temperature=0.0, logprobs=2, logit_bias={0: 100.0}, min_tokens=1)
-    token = Sampler(4, "cpu").sample(torch.tensor([logits]), [row])[0]
+    token = Sampler(4, "cpu", kernels).sample(torch.tensor([logits]), [row])[0]
     assert token.token_id == 0 and token.logprobs is not None
     assert (token.logprobs.chosen.token_id, token.logprobs.chosen.rank) == (0, 4)
     assert token.logprobs.chosen.logprob == pytest.approx(math.log(0.1), abs=1e-6)
@@ -169,20 +191,20 @@ def test_logprobs_are_the_models_own() -> None:
     assert [math.exp(top.logprob) for top in token.logprobs.top] == pytest.approx([0.4, 0.3], abs=1e-6)
 
 
-def test_logprobs_go_to_the_rows_that_want_them_with_equals_sharing_a_rank() -> None:
+def test_logprobs_go_to_the_rows_that_want_them_with_equals_sharing_a_rank(kernels: Kernels) -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 2.0]]).repeat(3, 1)
     rows = [make_row(temperature=0.0, logprobs=k) for k in (None, 0, 20)]
-    none, chosen_only, everything = (token.logprobs for token in Sampler(4, "cpu").sample(logits, rows))
+    none, chosen_only, everything = (token.logprobs for token in Sampler(4, "cpu", kernels).sample(logits, rows))
     assert none is None
     assert chosen_only is not None and everything is not None
     assert chosen_only.top == () and chosen_only.chosen.rank == 1
     assert [(top.token_id, top.rank) for top in everything.top] == [(1, 1), (2, 1), (3, 3), (0, 4)]
 
 
-def test_tokens_follow_the_distribution() -> None:
+def test_tokens_follow_the_distribution(kernels: Kernels) -> None:
     """Chi-squared at 1e-4 over 20 000 draws in mixed batches; seeds are fixed, so it passes always or never."""
     logits = make_logits(1, 10, seed=3, spread=1.0)
-    sampler = Sampler(10, "cpu")
+    sampler = Sampler(10, "cpu", kernels)
     counts: dict[float, list[int]] = {1.0: [0] * 10, 0.5: [0] * 10}
     for batch in range(100):
         rows = [make_row([0] * (batch + 1), seed=i, temperature=(1.0, 0.5)[i % 2]) for i in range(400)]
@@ -195,19 +217,19 @@ def test_tokens_follow_the_distribution() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_p": 0.5, "top_k": 3}, {"logprobs": 1}])
-def test_bad_logits_are_refused_and_named(value: float, params: dict[str, Any]) -> None:
+def test_bad_logits_are_refused_and_named(kernels: Kernels, value: float, params: dict[str, Any]) -> None:
     logits = make_logits(3, 20)
     logits[1, 7] = value
     with pytest.raises(BadLogits, match=r"\[1\]") as error:
-        Sampler(20, "cpu").sample(logits, [make_row(**params)] * 3)
+        Sampler(20, "cpu", kernels).sample(logits, [make_row(**params)] * 3)
     assert error.value.rows == (1,)
 
 
-def test_nothing_left_to_choose_is_refused() -> None:
+def test_nothing_left_to_choose_is_refused(kernels: Kernels) -> None:
     with pytest.raises(BadLogits):
-        choose([1.0, 2.0, 3.0], make_row(min_tokens=1, stop_token_ids=(0, 1)))
-    assert choose([-math.inf, -math.inf, -math.inf, 0.0], make_row()) == 3
+        choose(kernels, [1.0, 2.0, 3.0], make_row(min_tokens=1, stop_token_ids=(0, 1)))
+    assert choose(kernels, [-math.inf, -math.inf, -math.inf, 0.0], make_row()) == 3
 
 
-def test_no_rows() -> None:
-    assert Sampler(5, "cpu").sample(torch.empty(0, 5), []) == []
+def test_no_rows(kernels: Kernels) -> None:
+    assert Sampler(5, "cpu", kernels).sample(torch.empty(0, 5), []) == []

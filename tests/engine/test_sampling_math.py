@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from relevo.engine.sampling_math import PROBABILITY_UNITS, draw, filtered_weights, uniform
+from relevo.engine.sampling_math import uniform
+from relevo.kernels.sampling import PROBABILITY_UNITS, draw, filtered_weights
 from tests.support.statistics import chi_squared_pvalue, uniform_pvalue
 
 LARGEST_UNIFORM = 1.0 - 2.0**-53

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from relevo.kernels import AttentionMetadata, Kernels, load_backend
+from relevo.kernels import AttentionMetadata, Kernels, load_backend, reference
+from relevo.kernels.cpu import calls
 from tests.kernels.paged import Batch, dense_attention, make_batch
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -44,6 +45,7 @@ def _poison_the_heap() -> None:
     """Leave NaN in freed memory of many sizes, where outputs and work buffers are likely to be put next."""
     poison = [torch.full((1 << power,), float("nan")) for power in range(4, 18) for _ in range(3)]
     del poison
+    calls._scratch.memory.fill_(255)  # what a thread works in, too: NaN in every float type
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -193,6 +195,22 @@ def test_a_sequence_longer_than_its_block_table_is_refused() -> None:
     batch.metadata.seq_lens[0] = 16 * 6
     with pytest.raises(IndexError, match="longer than its row"):
         load_backend("cpu", "cpu").paged_attention(batch.query, batch.k_cache, batch.v_cache, batch.metadata, scale=1.0)
+
+
+def test_layers_share_a_plan_and_kinds_of_layers_do_not() -> None:
+    """Layers of one kind, then others over the same metadata: another window, another number of heads, and threads."""
+    kernels = load_backend("cpu", "cpu")
+    batch = make_batch([(700, 1), (90, 30)], heads=4)
+    check(kernels, batch, threads=2)
+    check(kernels, batch, threads=2)
+    assert len(batch.metadata.plans) == 1
+    check(kernels, batch, threads=2, sliding_window=33)
+    check(kernels, batch, threads=1)
+    assert len(batch.metadata.plans) == 3
+    query = batch.query[:, :2]
+    narrow = kernels.paged_attention(query, batch.k_cache, batch.v_cache, batch.metadata, scale=0.1, softcap=5.0)
+    expected = reference.paged_attention(query, batch.k_cache, batch.v_cache, batch.metadata, scale=0.1, softcap=5.0)
+    torch.testing.assert_close(narrow, expected, rtol=0, atol=TOLERANCE[torch.float32])
 
 
 def test_threads_may_attend_at_the_same_time() -> None:

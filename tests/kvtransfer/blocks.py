@@ -6,9 +6,12 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Sequence
 
+import xxhash
+
 from services.kvtransfer.agent import Agent
 from services.kvtransfer.block_fetch import BlockFetch
 from services.kvtransfer.client import KvAgentClient, Publication, read_block, write_block
+from services.kvtransfer.tiers import SealedBlock
 
 BLOCK_BYTES = 5000  # not a page's multiple: a slot has two pages
 FINGERPRINT = b"f" * 32
@@ -27,6 +30,12 @@ def names(*labels: object) -> list[bytes]:
 def block_data(label: object) -> bytes:
     """A block's bytes, different for each label."""
     return hashlib.shake_128(repr(label).encode()).digest(BLOCK_BYTES)
+
+
+def sealed(label: object) -> SealedBlock:
+    """A block as a tier gets it to write."""
+    data = memoryview(block_data(label))
+    return SealedBlock(block_name(label), xxhash.xxh3_64_intdigest(data), data)
 
 
 async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:

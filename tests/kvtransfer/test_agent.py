@@ -171,7 +171,7 @@ async def test_arena_in_use_is_not_cut_anew(start: StartAgent, connect: Connect)
     agent = await start()
     client = await connect(agent.address)
     async with client.publish(names("a")):
-        with pytest.raises(Mismatch, match="in use with slots of 8192 bytes"):
+        with pytest.raises(Mismatch, match="in use with blocks of 5000 bytes, not 20000"):
             await connect(agent.address, "other", block_bytes=20_000)
     with pytest.raises(Mismatch, match="larger --kv-arena"):
         await connect(agent.address, "other", block_bytes=ARENA_BYTES + 1)

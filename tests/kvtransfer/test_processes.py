@@ -163,7 +163,9 @@ async def _until_connected(client: KvAgentClient) -> None:
 
 def test_sigterm_ends_it_fast_and_removes_the_arena(spawn: SpawnAgent) -> None:
     agent = spawn()
-    [arena] = agent.arena_dir.iterdir()
+    [folder] = agent.arena_dir.iterdir()
+    [arena] = folder.iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o700
     assert arena.stat().st_mode & 0o777 == 0o600
     began = time.monotonic()
     assert agent.end(signal.SIGTERM) == 0
@@ -173,11 +175,11 @@ def test_sigterm_ends_it_fast_and_removes_the_arena(spawn: SpawnAgent) -> None:
 
 def test_killed_agents_arena_is_removed_by_the_next_one(spawn: SpawnAgent) -> None:
     killed, alive = spawn(), spawn()
-    assert len(list(killed.arena_dir.iterdir())) == 2
+    assert len(list(killed.arena_dir.rglob("*.arena"))) == 2
     killed.end(signal.SIGKILL)
-    assert len(list(killed.arena_dir.iterdir())) == 2
+    assert len(list(killed.arena_dir.rglob("*.arena"))) == 2
     assert spawn().address
-    assert len(list(killed.arena_dir.iterdir())) == 2, "the killed one's is gone, the living one's is not"
+    assert len(list(killed.arena_dir.rglob("*.arena"))) == 2, "the killed one's is gone, the living one's is not"
     assert alive.process.poll() is None
 
 

@@ -8,12 +8,8 @@ import socket
 import time
 
 import grpc
-import pytest
 
-from relevo.core.errors import Unavailable
 from services.kvtransfer.client import KvAgentClient
-from services.kvtransfer.transports.tcp import TcpDataConnection
-from services.pb import kvtransfer_pb2, kvtransfer_pb2_grpc
 
 from .blocks import NUM_SLOTS, fetch_all, names, publish_all, take, until_readers, until_unused, write_and_seal
 from .conftest import Connect, SpawnAgent, StartAgent
@@ -61,7 +57,7 @@ async def test_block_that_is_here_is_not_pulled(start: StartAgent, connect: Conn
     await publish_all(prefill, "a", "b")
     await publish_all(decode, "a")
     assert await pull(decode, source.address, "a", "b") == {}
-    assert target.store.counters.pulled_bytes == target.store.arena.slot_bytes
+    assert target.store.counters.pulled_bytes == target.store.arena.block_bytes
 
 
 async def test_two_readers_pull_a_block_once(start: StartAgent, connect: Connect) -> None:
@@ -72,7 +68,7 @@ async def test_two_readers_pull_a_block_once(start: StartAgent, connect: Connect
         await until_readers(target, 2)
         await write_and_seal(publication, ("a",), [0])
         assert await asyncio.gather(*pulls) == [{}, {}]
-    assert target.store.counters.pulled_bytes == target.store.arena.slot_bytes
+    assert target.store.counters.pulled_bytes == target.store.arena.block_bytes
 
 
 async def test_writer_that_gives_up_there_is_aborted_here(start: StartAgent, connect: Connect) -> None:
@@ -137,34 +133,3 @@ async def test_other_slot_size_is_unavailable(start: StartAgent, connect: Connec
     await connect(source.address, block_bytes=20_000)
     decode = await connect(target.address)
     assert await pull(decode, source.address, "a") == {0: UNAVAILABLE}
-
-
-async def test_data_port_shows_pinned_slots_to_their_reader_only(start: StartAgent, connect: Connect) -> None:
-    agent = await start()
-    client = await connect(agent.address)
-    await publish_all(client, "a", "b")
-    stub = kvtransfer_pb2_grpc.KvTransferStub(client._channel)
-    call = stub.Fetch(timeout=10)
-    await call.write(
-        kvtransfer_pb2.FetchRequest(open=kvtransfer_pb2.OpenFetch(block_hashes=names("a"), timeout_ms=1000))
-    )
-    reply = await call.read()
-    assert isinstance(reply, kvtransfer_pb2.FetchReply)
-    slot = reply.blocks[0].slot
-    into = memoryview(bytearray(reply.slot_bytes))
-    for token, asked, shown in (
-        (reply.pull_token, slot, True),
-        (reply.pull_token, slot ^ 1, False),
-        (bytes(16), slot, False),
-    ):
-        data = await TcpDataConnection.open(reply.data_address, token)
-        await data.request([asked])
-        assert await data.receive(into) is shown
-        data.close()
-    data = await TcpDataConnection.open(reply.data_address, reply.pull_token)
-    call.cancel()
-    with pytest.raises(Unavailable):
-        await data.request([slot])
-        await data.receive(into)
-        await data.receive(into)
-    data.close()

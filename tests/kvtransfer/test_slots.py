@@ -151,7 +151,8 @@ class SlotTableMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table = SlotTable(6)
+        self.found: set[bytes] = set()  # as the callbacks tell it
+        self.table = SlotTable(6, on_sealed=self.found.add, on_gone=self.found.remove)
         self.names = names(*range(10))
         self.checksums: dict[bytes, int] = {}  # what each name was last sealed with
         self.held: dict[int, dict[bytes, int]] = {}  # reader → name → slot
@@ -212,6 +213,16 @@ class SlotTableMachine(RuleBasedStateMachine):
         else:
             self.table.release(reader, [name])
 
+    @rule()
+    def clear(self) -> None:
+        """Free is what nobody uses, and only that."""
+        before = self.table.audit()
+        num_cleared, num_kept = self.table.clear()
+        after = self.table.audit()
+        assert num_cleared == before.num_sealed - before.num_pinned == after.num_free - before.num_free
+        assert (after.num_granted, after.num_pinned) == (before.num_granted, before.num_pinned)
+        assert num_kept == len(list(self.table.blocks()))
+
     @rule(reader=consumes(readers))
     def close_reader(self, reader: int) -> None:
         self.table.close_reader(reader)
@@ -222,6 +233,9 @@ class SlotTableMachine(RuleBasedStateMachine):
         self.table.check()
         audit = self.table.audit()
         assert audit.num_free + audit.num_granted + audit.num_sealed == audit.num_slots
+        assert self.found == {name for name in self.names if self.table.is_sealed(name)}
+        listed = [held.name for held in self.table.blocks()]
+        assert len(listed) == len(set(listed)) == sum(map(self.table.is_here, self.names))
         for reader, pins in self.held.items():
             assert all(self.table.has_pinned_slot(reader, slot) for slot in pins.values())
 

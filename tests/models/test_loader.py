@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, Phi3Config, PreTrainedConfig, Qwen2Config
+from transformers import LlamaConfig, MixtralConfig, Phi3Config, PreTrainedConfig, Qwen2Config
 
 from relevo.core.errors import StartupError
+from relevo.kernels import load_backend
 from relevo.model_files import ModelFiles, resolve_model
 from relevo.models import checkpoint, loader
 from relevo.models.causal_lm import CausalLM
@@ -133,6 +134,11 @@ def test_auto_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_dtype("float16", full, CPU) == torch.float16
     monkeypatch.setattr(loader, "_cpu_multiplies_bfloat16", lambda: False)
     assert choose_dtype("auto", half, CPU) == torch.float32
+    assert choose_dtype("auto", half, CPU, load_backend("reference", "cpu")) == torch.float32
+    assert choose_dtype("auto", half, CPU, load_backend("cpu", "cpu")) == torch.bfloat16
+    assert choose_dtype("auto", full, CPU, load_backend("cpu", "cpu")) == torch.float32
+    experts = MixtralConfig(dtype="bfloat16")
+    assert choose_dtype("auto", experts, CPU, load_backend("cpu", "cpu")) == torch.float32
     monkeypatch.setattr(loader, "_cpu_multiplies_bfloat16", lambda: True)
     assert choose_dtype("auto", half, CPU) == torch.bfloat16
     assert choose_dtype("auto", full, CPU) == torch.float32

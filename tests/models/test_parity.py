@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from relevo.kernels import load_backend
 from relevo.model_files import resolve_model
 from relevo.models.causal_lm import CausalLM
 from relevo.models.loader import load_model
@@ -25,8 +26,14 @@ TOLERANCE = 1e-4
 
 @dataclass
 class Case:
+    """backend: the kernels to run with, where a test is not about several"""
+
     model: CausalLM
     oracle: Any
+    backend: str
+
+    def paged(self) -> PagedModel:
+        return PagedModel(self.model, backend=self.backend)
 
     def expected(self, tokens: list[int]) -> Tensor:
         with torch.inference_mode():
@@ -34,29 +41,39 @@ class Case:
         return logits
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+# "plain": no passes; the others: with passes, on these kernels.
+@pytest.fixture(
+    scope="module",
+    params=[(name, passes) for name in ARCHITECTURES for passes in ("plain", "reference", "cpu")],
+    ids="-".join,
+)
 def case(request: pytest.FixtureRequest, tiny_models: TinyModels) -> Iterator[Case]:
-    path = tiny_models.path(request.param)
+    architecture, passes = request.param
+    path = tiny_models.path(architecture)
     auto_model: Any = AutoModelForCausalLM
     oracle = auto_model.from_pretrained(path, attn_implementation="eager", experts_implementation="eager")
-    yield Case(load_model(resolve_model(str(path)), dtype="float32"), oracle.eval())
+    backend = "reference" if passes == "plain" else passes
+    model = load_model(
+        resolve_model(str(path)), dtype="float32", kernels=load_backend(backend, "cpu"), passes=passes != "plain"
+    )
+    yield Case(model, oracle.eval(), backend)
 
 
 def test_prompt_in_one_go(case: Case) -> None:
     tokens = _tokens(1, LENGTH)
-    assert_same(PagedModel(case.model).step({"a": tokens})["a"], case.expected(tokens))
+    assert_same(case.paged().step({"a": tokens})["a"], case.expected(tokens))
 
 
 def test_prompt_in_chunks(case: Case) -> None:
     tokens = _tokens(2, LENGTH)
-    paged = PagedModel(case.model)
+    paged = case.paged()
     chunks = [paged.step({"a": tokens[begin:end]})["a"] for begin, end in ((0, 17), (17, 18), (18, 48), (48, LENGTH))]
     assert_same(torch.cat(chunks), case.expected(tokens))
 
 
 def test_decode_token_by_token(case: Case) -> None:
     tokens = _tokens(3, LENGTH)
-    paged = PagedModel(case.model)
+    paged = case.paged()
     logits = [paged.step({"a": tokens[:29]})["a"], *(paged.step({"a": [token]})["a"] for token in tokens[29:])]
     assert_same(torch.cat(logits), case.expected(tokens))
 
@@ -78,11 +95,11 @@ def test_only_chosen_rows_get_logits(case: Case) -> None:
     tokens = _tokens(8, 20)
     expected = case.expected(tokens)
     chosen = torch.tensor([19, 0, 7])
-    logits = PagedModel(case.model).forward({"a": tokens}, chosen)
+    logits = case.paged().forward({"a": tokens}, chosen)
     assert logits.dtype == torch.float32
     assert logits.shape == (3, case.model.vocab_size)
     assert_same(logits, expected[chosen])
-    assert PagedModel(case.model).forward({"a": tokens}, chosen[:0]).shape == (0, case.model.vocab_size)
+    assert case.paged().forward({"a": tokens}, chosen[:0]).shape == (0, case.model.vocab_size)
 
 
 def test_windows_are_found_and_do_matter(case: Case) -> None:

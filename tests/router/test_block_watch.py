@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from relevo.core.prefix_index import PrefixIndex
 from services.pb.worker_pb2 import BlockEvents, Delta, Snapshot
 from services.router.block_watch import BlockWatch, EventGap
-from services.router.prefix_index import PrefixIndex
 
 A, B, C = (bytes([number]) * 32 for number in range(3))
 

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from relevo.core.errors import InvalidRequest, Unavailable
+from relevo.core.worker_load import PromptWork
 from services.pb import decode_pb2
 from services.router import request_stream
 from services.router.inbox import Inbox
@@ -14,6 +15,8 @@ from tests.router.harness import collect, make_request, running
 from tests.support.fake_workers import answer
 
 pytestmark = pytest.mark.timeout(20)
+
+WORK = PromptWork(num_prompt_tokens=1, num_uncached_tokens=1)
 
 
 async def test_oversized_prompt_is_refused_and_harms_nobody() -> None:
@@ -42,9 +45,9 @@ async def test_worker_that_does_not_read_is_refused_new_requests(monkeypatch: py
     async with running("decode-0") as harness:
         connection = harness.connection("decode-0")
         for _ in range(2):
-            connection.submit(decode_pb2.DecodeCommand(), Inbox(), 1)  # nothing is sent in between
+            connection.submit(decode_pb2.DecodeCommand(), Inbox(), WORK)  # nothing is sent in between
         with pytest.raises(Unavailable, match="does not read"):
-            connection.submit(decode_pb2.DecodeCommand(), Inbox(), 1)
+            connection.submit(decode_pb2.DecodeCommand(), Inbox(), WORK)
 
 
 async def test_slow_reader_ends_its_own_request() -> None:
@@ -52,7 +55,7 @@ async def test_slow_reader_ends_its_own_request() -> None:
         connection = harness.connection("decode-0")
         inbox: request_stream.RequestInbox = Inbox(3)
         submit = decode_pb2.SubmitDecode(request=make_request(8, max_tokens=100))
-        connection.submit(decode_pb2.DecodeCommand(submit=submit), inbox, 1)
+        connection.submit(decode_pb2.DecodeCommand(submit=submit), inbox, WORK)
         await harness.journal.wait("decode-0", "cancel")
         tokens, _ = await collect(harness.generate(8))
         assert tokens == answer(make_request(8))

@@ -7,6 +7,7 @@ import mmap
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from services.common.lifecycle import Process
 from services.kvtransfer.agent import Agent, start_agent
@@ -16,10 +17,10 @@ TIMEOUT_SECONDS = 10.0
 
 
 @asynccontextmanager
-async def running_agent(arena_dir: Path, num_blocks: int = 64) -> AsyncIterator[Agent]:
+async def running_agent(arena_dir: Path, num_blocks: int = 64, **options: Any) -> AsyncIterator[Agent]:
     """A KV agent in this process; at the end nothing may be in use at it, and its slots must add up."""
     settings = KvTransferSettings(
-        port=0, kv_arena=num_blocks * mmap.PAGESIZE, arena_dir=arena_dir, drain_seconds=0.0, pin_seconds=5.0
+        port=0, kv_arena=num_blocks * mmap.PAGESIZE, arena_dir=arena_dir, drain_seconds=0.0, pin_seconds=5.0, **options
     )
     async with AsyncExitStack() as stack:
         agent = await start_agent(settings, Process("kvtransfer", settings, stack))

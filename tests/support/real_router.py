@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
+from relevo.core.placement import CostModel
 from relevo.core.request import FinishReason
 from relevo.core.sampling_params import SamplingParams
 from services.common.discovery import StaticDiscovery
@@ -15,7 +16,6 @@ from services.router.dispatch import FleetDispatcher
 from services.router.fleet import Fleet
 from services.router.generation import EndEvent
 from services.router.http.sampling import sampling_to_proto
-from services.router.placement import CostModel
 from tests.support.agents import TIMEOUT_SECONDS
 from tests.support.real_workers import RealWorker
 

@@ -92,6 +92,28 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "vocab_size": 320,
         },
     ),
+    # Rotates neighbouring dimensions, not halves; norms subtract the mean; logits are scaled.
+    "cohere": ("CohereConfig", {**_GQA, "vocab_size": 320}),
+    # Rotates neighbouring dimensions, and only half of them.
+    "glm": ("GlmConfig", {**_GQA, "vocab_size": 320}),
+    # Multiplies what is added to the residual stream, embeddings and logits.
+    "granite": (
+        "GraniteConfig",
+        {
+            **_GQA,
+            "vocab_size": 320,
+            "residual_multiplier": 0.22,
+            "embedding_multiplier": 12.0,
+            "logits_scaling": 8.0,
+            "attention_multiplier": 0.05,
+        },
+    ),
+    # Clips queries, keys and values; its norms have no weights.
+    "olmo": ("OlmoConfig", {**_GQA, "vocab_size": 320, "clip_qkv": 8.0}),
+    # Norms come after attention and MLP, and over all heads at once.
+    "olmo2": ("Olmo2Config", {**_GQA, "vocab_size": 320}),
+    # Every second layer does not rotate.
+    "smollm3": ("SmolLM3Config", {**_GQA, "vocab_size": 320, "no_rope_layers": [1, 0, 1]}),
     # Recurrent: no KV at all.
     "mamba": ("MambaConfig", {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "vocab_size": 300}),
     # A bias by distance (ALiBi) is added to its attention.
@@ -100,7 +122,9 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 _EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "word_embeddings.weight", "wte.weight", "wpe.weight")
 REFUSED = ("mamba", "bloom")
-ARCHITECTURES = tuple(name for name in _CONFIGS if name not in REFUSED)
+# What passes must leave alone, in part or altogether.
+UNUSUAL = ("cohere", "glm", "granite", "olmo", "olmo2", "smollm3")
+ARCHITECTURES = tuple(name for name in _CONFIGS if name not in (*REFUSED, *UNUSUAL))
 
 
 class TinyModels:

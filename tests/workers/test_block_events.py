@@ -11,9 +11,9 @@ import grpc.aio
 import pytest
 
 from relevo.core.errors import Unavailable
+from services.common import block_events
+from services.common.block_events import BlockEvents, TooSlow
 from services.pb import messages_pb2, worker_pb2, worker_pb2_grpc
-from services.worker import block_events
-from services.worker.block_events import BlockEvents, TooSlow
 from tests.workers.harness import decode_stream, running_local_decode, submit_decode
 
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import numba
 from numba import types
+from numba.core import event
 from numba.extending import intrinsic as numba_intrinsic
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
+
+COMPILE_SECONDS = 30  # of everything, on one core of 2021; measured, for the log
 
 
 def jit(function: Callable[P, R]) -> Callable[P, R]:
@@ -58,6 +62,26 @@ def sources_digest() -> int:
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return int.from_bytes(digest.digest()[:4], "little") >> 1
+
+
+@contextmanager
+def announced() -> Iterator[None]:
+    """Says once that it is compiling, if anything in here is compiled instead of loaded from disk."""
+    with event.install_listener("numba:compile", _Announcement()):
+        yield
+
+
+class _Announcement(event.Listener):
+    def __init__(self) -> None:
+        self._told = False
+
+    def on_start(self, event: Any) -> None:
+        if not self._told:
+            self._told = True
+            logger.warning("compiling the CPU kernels, once for this installation: about %d seconds", COMPILE_SECONDS)
+
+    def on_end(self, event: Any) -> None:
+        pass
 
 
 def _kept_on_disk(decorator: Callable[..., Any], function: Callable[..., Any], *args: Any, **options: Any) -> Any:

@@ -19,11 +19,14 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-ParallelRegion = Callable[[int, bytes, int], None]
+ParallelRegion = Callable[[int, bytes | int, int], None]
 
 
-def run_on_threads(function: int, data: bytes, num_threads: int) -> None:
-    """Call the C function `void f(void *data)` at an address once on each of so many threads, without the GIL."""
+def run_on_threads(function: int, data: bytes | int, num_threads: int) -> None:
+    """Call the C function `void f(void *data)` at an address once on each of so many threads, without the GIL.
+
+    data: what to hand it, or where that lies
+    """
     _parallel_region()(function, data, num_threads)
 
 
@@ -37,7 +40,7 @@ def _parallel_region() -> ParallelRegion:
     return lambda function, data, num_threads: call(function, data, num_threads, 0)
 
 
-def _find_gomp_parallel() -> Callable[[int, bytes, int, int], None] | None:
+def _find_gomp_parallel() -> Callable[[int, bytes | int, int, int], None] | None:
     libraries = sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))
     for library in libraries:
         try:

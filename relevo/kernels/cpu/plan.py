@@ -27,20 +27,24 @@ class Span(NamedTuple):
     position: int  # of the first of them in its sequence
 
 
-def _build(digest: int) -> Callable[[int], tuple[Items, int, int, int]]:
+def _build(digest: int) -> Callable[[int], tuple[Items, int, int, int, int]]:
     @entry_point
-    def plan(problem_address: int) -> tuple[Items, int, int, int]:
-        """Cut the batch into items: ([items, ITEM_FIELDS], groups of splits, float32 of scratch, of results).
+    def plan(problem_address: int) -> tuple[Items, int, int, int, int]:
+        """Cut the batch into items: ([items, ITEM_FIELDS], groups of splits, float32 of scratch, of results, cost).
+
+        The cost is in multiplications of a query vector with a key.
 
         Raises IndexError if a block that would be read is not in the table, or not in the cache.
         """
         assert digest >= 0  # closed over, so that machine code on disk is only used with the source it came from
         problem = load_problem(problem_address)
         size = tokens_per_item(problem)
-        fair_share = max(1, _total_cost(problem, size) // (problem.workers * ITEMS_PER_THREAD))
+        cost = _total_cost(problem, size)
+        fair_share = max(1, cost // (problem.workers * ITEMS_PER_THREAD))
         items = np.empty((_emit(problem, size, fair_share, 0)[0], ITEM_FIELDS), np.int64)
         _, partials, groups = _emit(problem, size, fair_share, items.ctypes.data)
-        return items, groups, problem.workers * scratch_floats(problem), partials * result_floats(problem)
+        cost *= problem.heads // problem.kv_heads
+        return items, groups, problem.workers * scratch_floats(problem), partials * result_floats(problem), cost
 
     return plan
 

@@ -9,16 +9,21 @@ from relevo.kernels.cpu.simd import record
 
 
 class Problem(NamedTuple):
-    """One call's arguments: addresses, strides in bytes, counts; and two float64, read with `float_of`."""
+    """One call's arguments: first what differs from layer to layer, then what all layers of a kind share.
+
+    Addresses, strides in bytes, counts; and two float64, read with `float_of`.
+    """
 
     query: int
     key: int
     value: int
     output: int
+    sinks: int  # of float32; 0: none
+    scale: float
+    softcap: float  # 0: none
     block_table: int
     seq_lens: int
     cu_seqlens_q: int
-    sinks: int  # of float32; 0: none
     query_token_stride: int
     query_head_stride: int
     key_block_stride: int
@@ -40,8 +45,6 @@ class Problem(NamedTuple):
     v_dim: int
     window: int  # longer than any context: none
     workers: int
-    scale: float
-    softcap: float  # 0: none
 
 
 class Item(NamedTuple):
@@ -75,7 +78,8 @@ class Work(NamedTuple):
     results: int  # [partials, result_floats] float32
 
 
-PROBLEM = struct.Struct(f"@{len(Problem._fields) - 2}q2d")
+OWN = struct.Struct("@5q2d")  # Problem's fields of one layer
+SHARED = struct.Struct(f"@{len(Problem._fields) - 7}q")  # and the others
 WORK = struct.Struct(f"@{len(Work._fields)}q")
 ITEM_FIELDS = len(Item._fields)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from llvmlite import ir  # type: ignore[import-untyped]  # ships no types
 from numba import types
 from numba.core.datamodel.models import PrimitiveModel
@@ -19,6 +20,7 @@ from relevo.kernels.cpu.jit import intrinsic, jit
 
 LANES = 8
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # element types of the caller's tensors
+ELEMENTS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 
 _F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _VF32, _VI16, _VI32 = (ir.VectorType(lane, LANES) for lane in (_F32, _I16, _I32))
@@ -96,17 +98,18 @@ def _constant(value: float, lane: Any = _F32) -> Any:
     return ir.Constant(ir.VectorType(lane, LANES), [value] * LANES)
 
 
-def _from_bfloat16(builder: Any, bits: Any, wide: Any, result: Any) -> Any:
+def from_bfloat16(builder: Any, bits: Any, wide: Any, result: Any) -> Any:
+    """int16, or eight of them, to float32 by way of int32."""
     shifted = builder.shl(builder.zext(bits, wide), _constant(16, _I32) if wide == _VI32 else _I32(16))
     return builder.bitcast(shifted, result)
 
 
-def _store_bfloat16(builder: Any, address: Any, value: Any) -> None:
-    """Round to nearest, ties to even, as torch does; a NaN stays one because attention's are quiet."""
+def bits_of_bfloat16(builder: Any, value: Any) -> Any:
+    """Eight float32 to int16, to nearest, ties to even, as torch does; a NaN stays one because these are quiet."""
     bits = builder.bitcast(value, _VI32)
     odd = builder.and_(builder.lshr(bits, _constant(16, _I32)), _constant(1, _I32))
     rounded = builder.add(bits, builder.add(odd, _constant(0x7FFF, _I32)))
-    _store(builder, address, builder.trunc(builder.lshr(rounded, _constant(16, _I32)), _VI16))
+    return builder.trunc(builder.lshr(rounded, _constant(16, _I32)), _VI16)
 
 
 def _exp(builder: Any, x: Any) -> Any:
@@ -147,6 +150,17 @@ def _add_halves(builder: Any, x: Any, y: Any) -> Any:
     return _shuffled_sum(builder, x, y, [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15])
 
 
+def _largest_lane(builder: Any, x: Any) -> Any:
+    name = f"llvm.vector.reduce.fmax.v{LANES}f32"
+    function = builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(_F32, [_VF32]), name)
+    return builder.call(function, [x])
+
+
+def _any_reached(builder: Any, x: Any, y: Any) -> Any:
+    lanes = builder.bitcast(builder.fcmp_ordered(">=", x, y), ir.IntType(LANES))
+    return builder.icmp_unsigned("!=", lanes, ir.IntType(LANES)(0))
+
+
 _address, _float, _int = types.int64, types.float32, types.int64
 
 # Vectors: arithmetic.
@@ -155,9 +169,23 @@ fma = operation(vector, lambda b, x, y, z: _call(b, "llvm.fma", x, y, z), vector
 add = operation(vector, lambda b, x, y: b.fadd(x, y), vector, vector)
 subtract = operation(vector, lambda b, x, y: b.fsub(x, y), vector, vector)
 multiply = operation(vector, lambda b, x, y: b.fmul(x, y), vector, vector)
+divide = operation(vector, lambda b, x, y: b.fdiv(x, y), vector, vector)
+absolute = operation(vector, lambda b, x: _call(b, "llvm.fabs", x), vector)
+where_positive = operation(
+    vector, lambda b, x, y, z: b.select(b.fcmp_ordered(">", x, _constant(0.0)), y, z), vector, vector, vector
+)
 maximum = operation(vector, lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y), vector, vector)
 exp = operation(vector, _exp, vector)
 tanh = operation(vector, _tanh, vector)
+# z where x >= y, or x > y, else 0
+where_reached = operation(
+    vector, lambda b, x, y, z: b.select(b.fcmp_ordered(">=", x, y), z, _constant(0.0)), vector, vector, vector
+)
+where_exceeded = operation(
+    vector, lambda b, x, y, z: b.select(b.fcmp_ordered(">", x, y), z, _constant(0.0)), vector, vector, vector
+)
+any_reached = operation(types.boolean, _any_reached, vector, vector)  # x >= y in any lane
+largest_lane = operation(_float, _largest_lane, vector)
 
 add_pairs = operation(vector, _add_pairs, vector, vector)
 add_halves = operation(vector, _add_halves, vector, vector)
@@ -165,10 +193,10 @@ first_lane = operation(_float, lambda b, x: b.extract_element(x, _I32(0)), vecto
 
 # Vectors: memory.
 load = operation(vector, lambda b, at: _load(b, at, _VF32), _address)
-load_bfloat16 = operation(vector, lambda b, at: _from_bfloat16(b, _load(b, at, _VI16), _VI32, _VF32), _address)
+load_bfloat16 = operation(vector, lambda b, at: from_bfloat16(b, _load(b, at, _VI16), _VI32, _VF32), _address)
 load_float16 = operation(vector, lambda b, at: b.fpext(_load(b, at, _VF16), _VF32), _address)
 store = operation(types.void, _store, _address, vector)
-store_bfloat16 = operation(types.void, _store_bfloat16, _address, vector)
+store_bfloat16 = operation(types.void, lambda b, at, x: _store(b, at, bits_of_bfloat16(b, x)), _address, vector)
 store_float16 = operation(types.void, lambda b, at, x: _store(b, at, b.fptrunc(x, _VF16)), _address, vector)
 broadcast = operation(vector, lambda b, at: _splat(b, _load(b, at, _F32)), _address)
 
@@ -179,7 +207,11 @@ load_int32 = operation(_int, lambda b, at: b.sext(_load(b, at, _I32), _I64), _ad
 load_int64 = operation(_int, lambda b, at: _load(b, at, _I64), _address)
 store_int64 = operation(types.void, _store, _address, types.int64)
 float_of = operation(_float, lambda b, bits: b.fptrunc(b.bitcast(bits, ir.DoubleType()), _F32), types.int64)
-_load_bfloat16_scalar = operation(_float, lambda b, at: _from_bfloat16(b, _load(b, at, _I16), _I32, _F32), _address)
+load_double = operation(types.float64, lambda b, at: _load(b, at, ir.DoubleType()), _address)
+store_double = operation(types.void, _store, _address, types.float64)
+double_of = operation(types.float64, lambda b, bits: b.bitcast(bits, ir.DoubleType()), types.int64)
+float_of_bits = operation(_float, lambda b, bits: b.bitcast(b.trunc(bits, _I32), _F32), types.int64)
+_load_bfloat16_scalar = operation(_float, lambda b, at: from_bfloat16(b, _load(b, at, _I16), _I32, _F32), _address)
 _load_float16_scalar = operation(_float, lambda b, at: b.fpext(_load(b, at, ir.HalfType()), _F32), _address)
 
 

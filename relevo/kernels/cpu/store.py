@@ -30,16 +30,31 @@ def _copy_token(lines: Lines, token: int, block_id: int, offset: int, kv_heads: 
         copy_bytes(target + head * lines.cache_head_stride, source + head * lines.head_stride, lines.head_bytes)
 
 
+@jit
+def _check_slots(slots: int, num_tokens: int, num_slots: int) -> None:
+    for token in range(num_tokens):
+        slot = load_int64(slots + 8 * token)
+        if slot < 0 or slot >= num_slots:
+            raise IndexError("slot_mapping names a slot that is not in the cache")
+
+
+def _build_check(digest: int) -> Callable[[int, int, int], None]:
+    @entry_point
+    def check_slots(slots: int, num_tokens: int, num_slots: int) -> None:
+        """Raise IndexError if one of the int64 at an address is not a slot of a cache of so many."""
+        assert digest >= 0  # as below
+        _check_slots(slots, num_tokens, num_slots)
+
+    return check_slots
+
+
 def _build(digest: int) -> Callable[[Lines, Lines, int, int, int, int, int], None]:
     @entry_point
     def scatter(
         key: Lines, value: Lines, slots: int, num_tokens: int, num_blocks: int, block_size: int, kv_heads: int
     ) -> None:
         assert digest >= 0  # closed over, so that machine code on disk is only used with the source it came from
-        for token in range(num_tokens):
-            slot = load_int64(slots + 8 * token)
-            if slot < 0 or slot >= num_blocks * block_size:
-                raise IndexError("slot_mapping names a slot that is not in the cache")
+        _check_slots(slots, num_tokens, num_blocks * block_size)
         for token in range(num_tokens):
             slot = load_int64(slots + 8 * token)
             block_id, offset = slot // block_size, slot % block_size
@@ -49,4 +64,5 @@ def _build(digest: int) -> Callable[[Lines, Lines, int, int, int, int, int], Non
     return scatter
 
 
+check_slots = _build_check(sources_digest())
 scatter = _build(sources_digest())

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 from typing_extensions import TypedDict
 
-from relevo.core.errors import RelevoError, Unavailable
+from relevo.core.errors import NotFound, RelevoError, Unavailable
 from relevo.model_files import GenerationDefaults
 from relevo.tokenizer import Tokenizer
 from services.common.telemetry import render_metrics
@@ -83,7 +83,7 @@ def create_app(
     api.include_router(_openai_routes(serving))
     api.include_router(_text_routes(serving))
     api.include_router(_operator_routes(serving))
-    return ExchangeLayer(api, config.api_key, metrics)
+    return ExchangeLayer(api, config.api_key, metrics, salt_by_api_key=config.salt_by_api_key)
 
 
 def _openai_routes(serving: Serving) -> APIRouter:
@@ -170,6 +170,14 @@ def _operator_routes(serving: Serving) -> APIRouter:
         if not serving.dispatcher.is_ready():
             raise Unavailable("no worker is ready to serve a request")
         return JsonResponse({"status": "ok"})
+
+    @router.get("/debug/route/{request_id}", responses=_ERRORS)
+    async def route(request_id: str) -> Response:
+        """Why a request, by its x-request-id or by its answer's id, went where it went: one object a choice."""
+        found = serving.dispatcher.explain(serving.answer_ids.of(request_id))
+        if not found:
+            raise NotFound(f"no request {request_id[:200]!r} is among the last that were placed")
+        return JsonResponse(found)
 
     @router.get("/version")
     async def version() -> Response:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from relevo.core.errors import Unavailable
 from relevo.core.request import FinishReason
@@ -59,6 +60,9 @@ class Choice:
         if delta.finish_reason is not None:
             await self._generation.aclose()
         return delta
+
+    def explain(self, max_candidates: int | None) -> Mapping[str, Any] | None:
+        return self._generation.explain(max_candidates)
 
     async def aclose(self) -> None:
         await self._generation.aclose()

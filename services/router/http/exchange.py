@@ -6,6 +6,7 @@ they write their bodies to `Exchange.send`, which is the server's own.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import logging
 import time
@@ -35,12 +36,16 @@ class Exchange:
     """One request and its answer.
 
     arrived: seconds, on the clock of time.perf_counter
+    explains: the client asks why its request goes where it goes
+    key_salt: goes before the request's own cache_salt; "" = blocks are shared between API keys
     outcome: the status that is counted; differs from the one sent if a stream fails half way or its client leaves
     """
 
     request_id: str
     send: Send
     timeout_ms: int | None = None
+    explains: bool = False
+    key_salt: str = ""
     arrived: float = field(default_factory=time.perf_counter)
     started: bool = False
     outcome: int = CLIENT_LEFT
@@ -62,9 +67,12 @@ class Exchange:
 class ExchangeLayer:
     """ASGI app around the API's app."""
 
-    def __init__(self, api: ASGIApp, api_key: str | None, metrics: EdgeMetrics) -> None:
+    def __init__(
+        self, api: ASGIApp, api_key: str | None, metrics: EdgeMetrics, *, salt_by_api_key: bool = False
+    ) -> None:
         self._api = api
-        self._api_key = api_key.encode() if api_key is not None else None
+        self._api_keys = None if api_key is None else _split_keys(api_key)
+        self._salt_by_api_key = salt_by_api_key
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -82,8 +90,11 @@ class ExchangeLayer:
             await send(message)
 
         try:
-            self._authenticate(scope)
+            key = self._authenticate(scope)
+            if key is not None and self._salt_by_api_key:
+                exchange.key_salt = _key_salt(key)
             exchange.timeout_ms = _timeout_ms(scope)
+            exchange.explains = _header(scope, b"x-relevo-explain") == b"1"
             await self._api(scope, receive, send_head)
         except RelevoError as error:
             await error_response(error)(scope, receive, send_head)
@@ -99,19 +110,31 @@ class ExchangeLayer:
             seconds = time.perf_counter() - exchange.arrived
             logger.debug("request %s: %s %d in %.3f s", exchange.request_id, endpoint, exchange.outcome, seconds)
 
-    def _authenticate(self, scope: Scope) -> None:
-        if self._api_key is None or scope["path"] in OPEN_PATHS:
-            return
+    def _authenticate(self, scope: Scope) -> bytes | None:
+        """The client's key; None where none is asked for. Raises Unauthenticated."""
+        if self._api_keys is None or scope["path"] in OPEN_PATHS:
+            return None
         scheme, _, key = (_header(scope, b"authorization") or b"").partition(b" ")
         if not key:
             raise Unauthenticated("no API key: send it in the header 'Authorization: Bearer KEY'")
-        if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._api_key):
+        known = [hmac.compare_digest(key.strip(), each) for each in self._api_keys]  # all: the time tells nothing
+        if scheme.lower() != b"bearer" or not any(known):
             raise Unauthenticated("the API key in the header 'Authorization' is not this server's")
+        return self._api_keys[known.index(True)]
 
 
 async def handle_bug(request: Request, error: Exception) -> Response:
     """The answer to an exception that is no RelevoError; starlette raises it again, and the layer logs it."""
     return error_response(internal_error(Exchange.of(request.scope).request_id))
+
+
+def _split_keys(text: str) -> list[bytes]:
+    return [key.encode() for each in text.split(",") if (key := each.strip())]
+
+
+def _key_salt(key: bytes) -> str:
+    """Of fixed length, so that no cache_salt makes one key's salt another's. Workers get it, and learn nothing."""
+    return hashlib.sha256(b"relevo cache salt of an API key\0" + key).hexdigest()
 
 
 def _header(scope: Scope, name: bytes) -> bytes | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from relevo.core.errors import DeadlineExceeded, InvalidRequest, Unavailable
@@ -18,6 +18,7 @@ from services.router.http.answer import Payloads
 from services.router.http.choice import Choice
 from services.router.http.errors import ContextLengthExceeded, ModelNotFound
 from services.router.http.exchange import Exchange
+from services.router.http.explain import AnswerIds
 from services.router.http.metrics import EdgeMetrics
 from services.router.http.protocol import SamplingBody
 from services.router.http.sampling import TokenLimit, check_token_ids, choice_sampling, draw_seed, sampling_to_proto
@@ -32,11 +33,16 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EdgeConfig:
-    """served_model_names: the first is the model's own, all are answered to. api_key: None = open to everybody"""
+    """served_model_names: the first is the model's own, all are answered to
+
+    api_key: None = open to everybody; several, separated by commas
+    salt_by_api_key: what one key's requests have cached, another's don't find
+    """
 
     served_model_names: tuple[str, ...]
     version: str
     api_key: str | None = None
+    salt_by_api_key: bool = False
     max_body_bytes: int = 16 << 20
     max_choices: int = 1024  # of one request: prompts × n
 
@@ -56,6 +62,7 @@ class Serving:
     defaults: GenerationDefaults
     dispatcher: Dispatcher
     metrics: EdgeMetrics
+    answer_ids: AnswerIds = field(default_factory=AnswerIds)
 
     def model_name(self, asked: str | None) -> str:
         """Raises ModelNotFound. Who names no model gets the one there is."""
@@ -110,6 +117,7 @@ class Serving:
     ) -> GenerationResponse:
         """The response that will run all choices. Raises InvalidRequest and its like; nothing was started then."""
         choices = self._choices(exchange, answer_id, prompts, body, sampling, limit)
+        self.answer_ids.remember(exchange.request_id, answer_id)
         writer = (
             EventWriter(exchange, payloads, include_usage=body.include_usage)
             if body.stream
@@ -145,7 +153,7 @@ class Serving:
                     request_id=f"{answer_id}-{len(planned)}",
                     prompt_token_ids=prompt.token_ids,
                     sampling=sampling_to_proto(choice_sampling(sampling, max_tokens, seed, nth)),
-                    cache_salt=body.cache_salt,
+                    cache_salt=exchange.key_salt + body.cache_salt,
                     timeout_ms=timeout_ms,
                 )
                 planned.append((prompt_index, request))

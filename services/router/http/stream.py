@@ -23,6 +23,7 @@ from services.router.http.answer import Answer, Payloads, Usage, count_usage
 from services.router.http.choice import Choice, Delta
 from services.router.http.errors import error_reply, internal_error
 from services.router.http.exchange import CLIENT_LEFT, Exchange
+from services.router.http.explain import explaining
 from services.router.http.metrics import EdgeMetrics, RequestTimes
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,8 @@ class GenerationResponse(Response):
         self._times = RequestTimes(metrics, exchange.arrived)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._exchange.explains:
+            send = explaining(send, self._choices)
         with self._metrics.running.track_inprogress():
             try:
                 async with asyncio.TaskGroup() as group:

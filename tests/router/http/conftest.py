@@ -54,11 +54,21 @@ class Edge:
             yield client
 
 
-def make_served(tokenizer: Tokenizer | None, defaults: GenerationDefaults, api_key: str | None = None) -> Served:
+def make_served(
+    tokenizer: Tokenizer | None,
+    defaults: GenerationDefaults,
+    api_key: str | None = None,
+    *,
+    salt_by_api_key: bool = False,
+) -> Served:
     dispatcher = FakeDispatcher()
     registry = CollectorRegistry()
     config = EdgeConfig(
-        served_model_names=(NAME, "alias"), version="1.2.3", api_key=api_key, max_body_bytes=MAX_BODY_BYTES
+        served_model_names=(NAME, "alias"),
+        version="1.2.3",
+        api_key=api_key,
+        salt_by_api_key=salt_by_api_key,
+        max_body_bytes=MAX_BODY_BYTES,
     )
     app = create_app(config, tokenizer, defaults, dispatcher, registry=registry)
     return Served(app, dispatcher, registry)

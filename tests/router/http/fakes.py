@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
+from typing import Any
 
 from relevo.core.request import FinishReason
 from services.pb import messages_pb2
@@ -47,6 +48,9 @@ class FakeGeneration:
                 return step
         raise StopAsyncIteration
 
+    def explain(self, max_candidates: int | None = None) -> dict[str, Any] | None:
+        return {"request_id": self.request.request_id, "max_candidates": max_candidates}
+
     async def aclose(self) -> None:
         if not self.closed.is_set():
             self.closed.set()
@@ -72,6 +76,10 @@ class FakeDispatcher:
 
     def model(self) -> ServedModel | None:
         return self.served
+
+    def explain(self, request_id: str) -> list[dict[str, Any]]:
+        names = [generation.request.request_id for generation in self.generations]
+        return [{"request_id": name} for name in names if name.startswith(f"{request_id}-")]
 
     def is_ready(self) -> bool:
         return self.ready

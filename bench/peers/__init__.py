@@ -1,0 +1,1 @@
+"""Relevo beside what its users would pick instead, on the same cores."""
