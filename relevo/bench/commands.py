@@ -44,6 +44,15 @@ def write_json(path: Path | None, value: object) -> None:
 
 
 @contextmanager
+def needs_engine() -> Iterator[None]:
+    """Around imports of what comes with the extra `engine`. Raises StartupError that says how to get it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise StartupError(f"this needs {error.name}: pip install 'relevo[engine]'") from error
+
+
+@contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
     """A bar on stderr; what it yields moves it on by one."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

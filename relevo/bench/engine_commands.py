@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from relevo.bench.commands import integers, progress, spinner, write_json
+from relevo.bench.commands import integers, needs_engine, progress, spinner, write_json
 from relevo.bench.tables import ceiling_tables, latency_table, throughput_table
-from relevo.core.errors import InvalidRequest, StartupError
+from relevo.core.errors import InvalidRequest
 from relevo.engine_options import EngineOptions, takes_engine_options
 
 if TYPE_CHECKING:
@@ -145,19 +145,15 @@ def ceiling(
 
 
 def _torch_modules() -> Any:
-    try:
+    with needs_engine():
         from relevo.bench import ceiling
-    except ModuleNotFoundError as error:
-        raise StartupError(f"this needs {error.name}: pip install 'relevo[engine]'") from error
     return ceiling
 
 
 def _engine(model: str | None, options: EngineOptions) -> Engine:
-    try:
+    with needs_engine():
         from relevo.engine.config import EngineConfig
         from relevo.engine.engine import Engine
-    except ModuleNotFoundError as error:
-        raise StartupError(f"this needs {error.name}: pip install 'relevo[engine]'") from error
     with spinner("starting the engine"):
         return Engine(EngineConfig(model=model, **options))
 

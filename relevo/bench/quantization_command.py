@@ -9,8 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from relevo.bench.commands import spinner, write_json
-from relevo.core.errors import InvalidRequest, StartupError
+from relevo.bench.commands import needs_engine, spinner, write_json
+from relevo.bench.engine_commands import Json, Model
+from relevo.core.errors import InvalidRequest
 
 
 def add_quantization_command(app: typer.Typer) -> None:
@@ -18,9 +19,7 @@ def add_quantization_command(app: typer.Typer) -> None:
 
 
 def quantization(
-    model: Annotated[
-        str | None, typer.Argument(help="Hugging Face id or local folder; nothing: the bundled demo model")
-    ] = None,
+    model: Model = None,
     *,
     method: Annotated[Literal["int8"], typer.Option(help="what is compared with the weights as they are")] = "int8",
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="of the rest")] = "auto",
@@ -34,15 +33,13 @@ def quantization(
         Literal["auto", "dummy"], typer.Option(help="dummy: random weights, and random tokens for a text")
     ] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="of dummy weights and random tokens")] = 0,
-    json: Annotated[Path | None, typer.Option(help="also write the figures to this file")] = None,
+    json: Json = None,
 ) -> None:
     """How far the next-token distributions of a quantized model are from the plain one's (KL divergence)."""
-    try:
+    with needs_engine():
         from relevo.bench.quantization import measure_loss, text_windows
         from relevo.kernels import load_backend
         from relevo.models.loader import load_model
-    except ModuleNotFoundError as error:
-        raise StartupError(f"this needs {error.name}: pip install 'relevo[engine]'") from error
     from relevo.bench.workload import random_prompts
     from relevo.model_files import resolve_model
 

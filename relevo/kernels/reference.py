@@ -86,7 +86,10 @@ def gated_activation(x: Tensor, activation: str) -> Tensor:
 
 def argmax(logits: Tensor) -> Tensor:
     """See `Kernels.argmax`."""
-    return top_k(logits, 1)[1].squeeze(1)
+    # torch's own does not say which of several equals it takes. A NaN counts as the largest, as in a sort.
+    largest = (logits == logits.amax(dim=-1, keepdim=True)) | logits.isnan()
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    return torch.where(largest, ids, logits.shape[1]).amin(dim=-1)
 
 
 def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
