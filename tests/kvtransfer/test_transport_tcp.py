@@ -79,7 +79,7 @@ async def nothing_leaks() -> AsyncIterator[None]:
     assert data_threads() == []
     before = num_data_fds()
     yield
-    assert data_threads() == []
+    await until(lambda: not data_threads())
     await until(lambda: num_data_fds() <= before)
 
 

@@ -5,15 +5,21 @@ The one thing that its blocks do hand to their attention is the cache. So the at
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
+from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoForCausalLM, GPTNeoSelfAttention
 
 from relevo.models.attention import Attention
+
+# transformers 5.24 renamed it.
+_CACHE_KEYWORD = next(
+    name for name in ("cache", "past_key_values") if name in inspect.signature(GPTNeoForCausalLM.forward).parameters
+)
 
 
 class GPTNeoAdapter:
@@ -25,7 +31,7 @@ class GPTNeoAdapter:
 
     def model_kwargs(self, attention: Attention) -> Mapping[str, Any]:
         # A mask of four dimensions is taken as it is: transformers then builds none, and asks no cache for its length.
-        return {"past_key_values": _Carrier(attention), "attention_mask": torch.empty((1, 1, 0, 0))}
+        return {_CACHE_KEYWORD: _Carrier(attention), "attention_mask": torch.empty((1, 1, 0, 0))}
 
 
 class PagedSelfAttention(nn.Module):
