@@ -66,21 +66,29 @@ class SubmitDecode(_message.Message):
 
     REQUEST_FIELD_NUMBER: _builtins.int
     TICKET_FIELD_NUMBER: _builtins.int
+    FETCH_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def request(self) -> _messages_pb2.GenerationRequest: ...
     @_builtins.property
     def ticket(self) -> _messages_pb2.Ticket:
         """unset: not split"""
 
+    @_builtins.property
+    def fetch(self) -> Global___FetchKv:
+        """Without a ticket: blocks that this worker's pool lacks may lie at this agent. What is there is taken from there, the
+        rest is computed. Unset: nothing is looked for.
+        """
+
     def __init__(
         self,
         *,
         request: _messages_pb2.GenerationRequest | None = ...,
         ticket: _messages_pb2.Ticket | None = ...,
+        fetch: Global___FetchKv | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "ticket", b"ticket"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fetch", b"fetch", "request", b"request", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fetch", b"fetch", "request", b"request", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -88,7 +96,7 @@ Global___SubmitDecode: _TypeAlias = SubmitDecode  # noqa: Y015
 
 @_typing.final
 class FetchKv(_message.Message):
-    """The prompt's missing blocks are announced at this agent."""
+    """The prompt's missing blocks are announced at this agent; "": at the worker's own."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

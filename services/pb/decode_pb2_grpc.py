@@ -52,6 +52,9 @@ class DecodeServiceServicer:
         With a ticket: Submit → Accepted (blocks are reserved) → the router tells FetchKv once prefill has announced, and
         FirstToken once it has it; or ComputeLocally when prefill failed. Then Tokens (from the second on) … → Ended.
         After ComputeLocally a first token not yet given is sampled here and is the first of Tokens.
+
+        A request that comes from another worker (its output tokens are the last of prompt_token_ids, see
+        GenerationRequest.num_output_tokens) goes on as if it had always been here.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -39,6 +39,9 @@ class DecodeServiceStub:
     With a ticket: Submit → Accepted (blocks are reserved) → the router tells FetchKv once prefill has announced, and
     FirstToken once it has it; or ComputeLocally when prefill failed. Then Tokens (from the second on) … → Ended.
     After ComputeLocally a first token not yet given is sampled here and is the first of Tokens.
+
+    A request that comes from another worker (its output tokens are the last of prompt_token_ids, see
+    GenerationRequest.num_output_tokens) goes on as if it had always been here.
     """
 
 @_typing.type_check_only
@@ -52,6 +55,9 @@ class DecodeServiceAsyncStub(DecodeServiceStub):
     With a ticket: Submit → Accepted (blocks are reserved) → the router tells FetchKv once prefill has announced, and
     FirstToken once it has it; or ComputeLocally when prefill failed. Then Tokens (from the second on) … → Ended.
     After ComputeLocally a first token not yet given is sampled here and is the first of Tokens.
+
+    A request that comes from another worker (its output tokens are the last of prompt_token_ids, see
+    GenerationRequest.num_output_tokens) goes on as if it had always been here.
     """
 
 class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -68,6 +74,9 @@ class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
         With a ticket: Submit → Accepted (blocks are reserved) → the router tells FetchKv once prefill has announced, and
         FirstToken once it has it; or ComputeLocally when prefill failed. Then Tokens (from the second on) … → Ended.
         After ComputeLocally a first token not yet given is sampled here and is the first of Tokens.
+
+        A request that comes from another worker (its output tokens are the last of prompt_token_ids, see
+        GenerationRequest.num_output_tokens) goes on as if it had always been here.
         """
 
 def add_DecodeServiceServicer_to_server(servicer: DecodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

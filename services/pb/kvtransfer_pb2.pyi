@@ -123,12 +123,24 @@ class Announce(_message.Message):
     BLOCK_HASHES_FIELD_NUMBER: _builtins.int
     LEASE_MS_FIELD_NUMBER: _builtins.int
     AGENT_INCARNATION_FIELD_NUMBER: _builtins.int
+    SOURCE_AGENT_ADDRESS_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_AT_SOURCE_FIELD_NUMBER: _builtins.int
+    IS_OFFER_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.str
     lease_ms: _builtins.int
     """an empty Seal keeps it alive"""
     agent_incarnation: _builtins.str
     """whose arena the writer has mapped; FAILED_PRECONDITION if another: attach again"""
+    source_agent_address: _builtins.str
+    """Another agent that holds leading blocks of these: what this agent lacks of them is pulled from there, and told in
+    Granted.loading. "": none.
+    """
+    num_blocks_at_source: _builtins.int
+    is_offer: _builtins.bool
+    """Blocks that are offered to whoever may want them, and that no request waits for: what does not fit into free or
+    evictable slots is not granted, and what is not here already is not loaded from a tier below. No RESOURCE_EXHAUSTED.
+    """
     @_builtins.property
     def block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     def __init__(
@@ -139,10 +151,13 @@ class Announce(_message.Message):
         block_hashes: _abc.Iterable[_builtins.bytes] | None = ...,
         lease_ms: _builtins.int = ...,
         agent_incarnation: _builtins.str = ...,
+        source_agent_address: _builtins.str = ...,
+        num_blocks_at_source: _builtins.int = ...,
+        is_offer: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_incarnation", b"agent_incarnation", "block_hashes", b"block_hashes", "incarnation", b"incarnation", "lease_ms", b"lease_ms", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_incarnation", b"agent_incarnation", "block_hashes", b"block_hashes", "incarnation", b"incarnation", "is_offer", b"is_offer", "lease_ms", b"lease_ms", "num_blocks_at_source", b"num_blocks_at_source", "source_agent_address", b"source_agent_address", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -235,7 +250,7 @@ class Granted(_message.Message):
 
     @_builtins.property
     def loading(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """indices of blocks that are on their way from a tier below: Fetch shows them here"""
+        """indices of blocks that are on their way from a tier below or from the source: Fetch shows them here"""
 
     def __init__(
         self,
@@ -385,9 +400,12 @@ class FetchReply(_message.Message):
     MISSING_FIELD_NUMBER: _builtins.int
     PULL_TOKEN_FIELD_NUMBER: _builtins.int
     BLOCK_BYTES_FIELD_NUMBER: _builtins.int
+    LINK_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
     pull_token: _builtins.bytes
     """In the first reply alone, for agents that pull (over a link, kvlink.proto): names the stream's pins there."""
     block_bytes: _builtins.int
+    link_bytes_per_second: _builtins.float
+    """How fast blocks come from the source, as measured on the link to it; 0 = nothing comes from another agent."""
     @_builtins.property
     def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockRef]: ...
     @_builtins.property
@@ -399,10 +417,11 @@ class FetchReply(_message.Message):
         missing: _abc.Iterable[Global___MissingBlock] | None = ...,
         pull_token: _builtins.bytes = ...,
         block_bytes: _builtins.int = ...,
+        link_bytes_per_second: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "blocks", b"blocks", "missing", b"missing", "pull_token", b"pull_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "blocks", b"blocks", "link_bytes_per_second", b"link_bytes_per_second", "missing", b"missing", "pull_token", b"pull_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

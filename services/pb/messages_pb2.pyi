@@ -150,12 +150,17 @@ class GenerationRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """for logs; unique in the fleet"""
     cache_salt: _builtins.str
     """part of the block names (design: block_hash[-1]); "" = shared by all"""
     timeout_ms: _builtins.int
     """what is left of the request's deadline at sending; 0 = none"""
+    num_output_tokens: _builtins.int
+    """The last of prompt_token_ids that are output already, from another worker: not given again, and counted as output by
+    min_tokens, max_tokens, penalties and seeds. 0 = a new request.
+    """
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """at least 1"""
@@ -170,10 +175,11 @@ class GenerationRequest(_message.Message):
         sampling: Global___SamplingParams | None = ...,
         cache_salt: _builtins.str = ...,
         timeout_ms: _builtins.int = ...,
+        num_output_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "num_output_tokens", b"num_output_tokens", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -54,6 +54,11 @@ class SubmitPrefill(_message.Message):
 
     REQUEST_FIELD_NUMBER: _builtins.int
     TICKET_FIELD_NUMBER: _builtins.int
+    SOURCE_AGENT_ADDRESS_FIELD_NUMBER: _builtins.int
+    source_agent_address: _builtins.str
+    """Another agent than this worker's, which holds leading blocks of the prompt: they come from there, where they come, and
+    are computed where not. "": only what this worker and its own agent have is used.
+    """
     @_builtins.property
     def request(self) -> _messages_pb2.GenerationRequest: ...
     @_builtins.property
@@ -63,10 +68,11 @@ class SubmitPrefill(_message.Message):
         *,
         request: _messages_pb2.GenerationRequest | None = ...,
         ticket: _messages_pb2.Ticket | None = ...,
+        source_agent_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "source_agent_address", b"source_agent_address", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
