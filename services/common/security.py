@@ -103,8 +103,8 @@ class Security:
             )
         if self.tls is None:
             logger.warning(
-                "--host %s can be reached from other hosts and there is no TLS: the token and everything else travels in"
-                " the clear; give --tls-cert, --tls-key and --tls-ca, unless nobody else is on that network",
+                "--host %s can be reached from other hosts and there is no TLS: the token and everything else travels"
+                " in the clear; give --tls-cert, --tls-key and --tls-ca, unless nobody else is on that network",
                 host,
             )
 

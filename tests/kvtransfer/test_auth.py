@@ -119,9 +119,7 @@ def test_settings_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("host", "tls", "warned"), [("10.0.0.1", False, True), ("10.0.0.1", True, False), ("::1", False, False)]
 )
-def test_token_in_the_clear_is_a_warning(
-    host: str, tls: bool, warned: bool, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_token_in_the_clear_is_a_warning(host: str, tls: bool, warned: bool, caplog: pytest.LogCaptureFixture) -> None:
     Security(TOKEN, Tls(cert=b"x", key=b"x") if tls else None).check_host(host)
     assert ["travels in the clear; give --tls-cert" in record.message for record in caplog.records] == [True] * warned
 
