@@ -100,11 +100,6 @@ class Links:
             await asyncio.Event().wait()
 
     @property
-    def metadata(self) -> tuple[tuple[str, str], ...]:
-        """For calls on a link's channel."""
-        return self._security.metadata
-
-    @property
     def open_links(self) -> list[Link]:
         return [slot.link for slot in self._slots.values() if slot.link is not None]
 
@@ -179,7 +174,7 @@ class Links:
         peer = f"kvtransfer agent {address}"
         channel = make_channel(address, self._security)
         stack.push_async_callback(channel.close)
-        call: LinkCall = kvlink_pb2_grpc.KvLinkStub(channel).Open(metadata=self._security.metadata)
+        call: LinkCall = kvlink_pb2_grpc.KvLinkStub(channel).Open()
         stack.callback(call.cancel)
         hello = kvlink_pb2.LinkHello(agent_address=self.address, incarnation=self._incarnation)
         welcome = await _exchange(call, hello, peer)

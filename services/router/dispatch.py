@@ -61,6 +61,9 @@ class FleetDispatcher:
     def is_ready(self) -> bool:
         return bool(self._fleet.connected(DECODE))
 
+    def complaint(self) -> str:
+        return self._fleet.complaints(DECODE)
+
     def explain(self, request_id: str) -> Sequence[Mapping[str, Any]]:
         return [record.explain() for record in self._planner.log.find(request_id)]
 
@@ -220,7 +223,7 @@ class RoutedGeneration:
         if full:
             waits = [error.retry_after_seconds for error in full if error.retry_after_seconds > 0]
             return Exhausted(f"no worker has room: {full[-1].message}", min(waits, default=DEFAULT_RETRY_AFTER_SECONDS))
-        reasons = "; ".join(error.message for error in self._refusals.values())
+        reasons = "; ".join(error.message for error in self._refusals.values()) or self._fleet.complaints(DECODE)
         return Unavailable(f"no decode worker can serve this: {reasons or 'none is connected'}")
 
     def _append(self, event: Event) -> None:
