@@ -43,6 +43,11 @@ class Offering:
         self._task: asyncio.Task[None] | None = None
         self._has_failed = False
 
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is offered, or waits for its turn."""
+        return self._task is None and not self._queue
+
     def stored(self, names: Sequence[BlockHash]) -> None:
         """A step has put these into the pool."""
         for name in names:

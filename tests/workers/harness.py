@@ -249,6 +249,15 @@ def submit_decode(handle: int, prompt: Sequence[int], max_tokens: int = 4, **fie
     return decode_pb2.DecodeCommand(handle=handle, submit=submit)
 
 
+def submit_fetching(
+    handle: int, prompt: Sequence[int], source: str = "", max_tokens: int = 4, **fields: Any
+) -> decode_pb2.DecodeCommand:
+    """Direct, with blocks from the agent at source ("": decode's own)."""
+    command = submit_decode(handle, prompt, max_tokens, **fields)
+    command.submit.fetch.source_agent_address = source
+    return command
+
+
 def submit_split(handle: int, prompt: Sequence[int], max_tokens: int = 4, **fields: Any) -> decode_pb2.DecodeCommand:
     ticket = messages_pb2.Ticket(prefill_worker_id="p", decode_worker_id="d")
     submit = decode_pb2.SubmitDecode(request=generation(prompt, max_tokens, **fields), ticket=ticket)
