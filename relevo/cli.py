@@ -80,6 +80,7 @@ def serve(
         str | None, typer.Argument(help="Hugging Face id or local folder; nothing: the bundled demo model")
     ] = None,
     *,
+    context: typer.Context,
     engine: EngineOptions,
     config: Annotated[
         Path | None,
@@ -128,6 +129,8 @@ def serve(
 ) -> None:
     """Serve MODEL on an OpenAI-compatible endpoint; starts all processes on this machine, Ctrl-C stops them."""
     started = time.monotonic()
+    if topology == "aggregated":
+        _refuse_options_of_the_split(context)
     # Downloaded here, once, and not by each process; an unknown model ends it now.
     files = resolve_model(model, weights=engine["load_format"] != "dummy")
     stack_config = StackConfig(
@@ -206,6 +209,17 @@ def _log_to_stderr(level: str) -> None:
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(level.upper())
+
+
+def _refuse_options_of_the_split(context: typer.Context) -> None:
+    """Raises StartupError for what was given, on the command line or by --config, and would do nothing."""
+    for name in ("prefill", "kv_arena", "kv_disk", "kv_disk_bytes", "kv_redis"):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise StartupError(
+                f"--{name.replace('_', '-')} has no effect with --topology aggregated, which has no prefill workers and"
+                " no KV transfer agent: leave one of the two out"
+            )
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hypothesis
@@ -23,3 +24,13 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     from tests.support.tiny_models import TinyModels  # imports torch, which many tests do without
 
     return TinyModels(tmp_path_factory.mktemp("tiny-models"))
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ca.pem, and NAME.pem and NAME.key for "peer" and "stranger", made when first asked for."""
+    from tests.support.certificates import make_certificates
+
+    folder = tmp_path_factory.mktemp("tls")
+    make_certificates(folder)
+    return folder

@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 from relevo.core.errors import StartupError
 from services.common.errors import ErrorInterceptor
 from services.common.security import NO_SECURITY, Security
+from services.common.token_channel import TokenChannel
 
 MAX_MESSAGE_BYTES = 1 << 20
 
@@ -134,12 +135,14 @@ def make_server(
 def make_channel(address: str, security: Security = NO_SECURITY) -> grpc.aio.Channel:
     """A channel to host:port. Reconnects by itself, at most a second apart. Close it.
 
-    A token of `security` goes with each call, as its metadata: the channel does not know it.
+    A token of `security` goes with each call.
     """
     credentials = security.channel_credentials()
     if credentials is None:
-        return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
-    return grpc.aio.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
+        channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+    else:
+        channel = grpc.aio.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
+    return TokenChannel(channel, security.metadata) if security.metadata else channel
 
 
 class _Cancellable(Protocol):

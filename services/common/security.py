@@ -1,11 +1,12 @@
-"""Who may talk to a KV agent, and how a peer proves that it may: a shared token, TLS with certificates on both sides,
-or both. Agents and workers of one fleet have the same settings.
+"""Who may talk to a process of a fleet over gRPC, and how a peer proves that it may: a shared token, TLS with
+certificates on both sides, or both. Agents, workers and routers of one fleet have the same settings.
 """
 
 from __future__ import annotations
 
 import hmac
 import ipaddress
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,25 +19,27 @@ from pydantic import Field, SecretStr
 from relevo.core.errors import StartupError, Unauthenticated
 from services.common.config import ServiceSettings
 
+logger = logging.getLogger(__name__)
+
 MIN_TOKEN_CHARS = 16
 
 _KEY = "authorization"
 _SCHEME = "Bearer "
 _OPEN_METHODS = "/grpc.health.v1.Health/"  # probes have no token
 _REFUSAL = (
-    "this agent takes only peers that know its token: set RELEVO_KV_TOKEN (or --kv-token-file) to the one that it was"
+    "only peers that know the token get in here: set RELEVO_KV_TOKEN (or --kv-token-file) to the one that this was"
     " started with"
 )
 
 
 class PeerSettings(ServiceSettings):
-    """Settings of a process that talks to KV agents, or is one."""
+    """Settings of a process that talks gRPC with others: agent, worker, router."""
 
     kv_token: SecretStr | None = Field(
-        None, description="secret that KV agents and workers share; better not as a flag: flags show in `ps`"
+        None, description="secret that agents, workers and routers share; better not as a flag: flags show in `ps`"
     )
     kv_token_file: Path | None = Field(None, description="file that holds that secret")
-    tls_cert: Path | None = Field(None, description="PEM file: this process's certificate, for TLS between KV agents")
+    tls_cert: Path | None = Field(None, description="PEM file: this process's certificate, for TLS with the others")
     tls_key: Path | None = Field(None, description="PEM file: its key")
     tls_ca: Path | None = Field(None, description="PEM file: who signs peers' certificates; peers must show one then")
 
@@ -62,7 +65,7 @@ class Security:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """To be sent with every call."""
+        """Sent with every call on a channel of make_channel."""
         return ((_KEY, _SCHEME + self.token),) if self.token is not None else ()
 
     @property
@@ -89,12 +92,20 @@ class Security:
         return [TokenInterceptor(self.token)] if self.token is not None else []
 
     def check_host(self, host: str) -> None:
-        """Raises StartupError if listening there would let strangers in."""
-        if not self.authenticates and not is_loopback(host):
+        """Raises StartupError if listening there would let strangers in; warns if it lets them listen."""
+        if is_loopback(host):
+            return
+        if not self.authenticates:
             raise StartupError(
                 f"--host {host} can be reached from other hosts, and nothing keeps strangers out: set RELEVO_KV_TOKEN"
-                " (or --kv-token-file) to a secret that all agents and workers share, or give --tls-cert, --tls-key"
-                " and --tls-ca"
+                " (or --kv-token-file) to a secret that all agents, workers and routers share, or give --tls-cert,"
+                " --tls-key and --tls-ca"
+            )
+        if self.tls is None:
+            logger.warning(
+                "--host %s can be reached from other hosts and there is no TLS: the token and everything else travels"
+                " in the clear; give --tls-cert, --tls-key and --tls-ca, unless nobody else is on that network",
+                host,
             )
 
 

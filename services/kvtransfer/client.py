@@ -68,7 +68,6 @@ class KvAgentClient:
         self._worker_id = worker_id
         self._incarnation = incarnation
         self._channel = make_channel(address, security)
-        self._metadata = security.metadata
         self._stub = kvtransfer_pb2_grpc.KvTransferStub(self._channel)
         self._layout: tuple[bytes, int] | None = None  # fingerprint, block_bytes
         self._mapping: ArenaMapping | None = None
@@ -83,8 +82,19 @@ class KvAgentClient:
         return await self._attach(None)
 
     @asynccontextmanager
-    async def publish(self, hashes: Sequence[BlockHash], lease_ms: int = 30_000) -> AsyncIterator[Publication]:
+    async def publish(
+        self,
+        hashes: Sequence[BlockHash],
+        lease_ms: int = 30_000,
+        *,
+        source_agent_address: str = "",
+        num_blocks_at_source: int = 0,
+        is_offer: bool = False,
+    ) -> AsyncIterator[Publication]:
         """Announce blocks and hold their slots. Leaving the block gives up what is not sealed.
+
+        source_agent_address: another agent, which has the first num_blocks_at_source of them: they come from there
+        is_offer: nobody waits for them: what has no room is not granted
 
         Raises Exhausted if there is no room, Unavailable, Mismatch.
         """
@@ -96,8 +106,11 @@ class KvAgentClient:
                 block_hashes=hashes,
                 lease_ms=lease_ms,
                 agent_incarnation=mapping.incarnation,
+                source_agent_address=source_agent_address,
+                num_blocks_at_source=num_blocks_at_source,
+                is_offer=is_offer,
             )
-            with cancelling(self._stub.Publish(metadata=self._metadata)) as call:
+            with cancelling(self._stub.Publish()) as call:
                 publication = Publication(call, mapping, self.address)
                 try:
                     await publication.open(announce)
@@ -126,7 +139,7 @@ class KvAgentClient:
                 timeout_ms=max(1, int(timeout_seconds * 1000)),
                 agent_incarnation=mapping.incarnation,
             )
-            with cancelling(self._stub.Fetch(metadata=self._metadata)) as call:
+            with cancelling(self._stub.Fetch()) as call:
                 fetch = BlockFetch(call, mapping, self.address, len(hashes), timeout_seconds)
                 try:
                     await fetch.open(opened)
@@ -141,7 +154,7 @@ class KvAgentClient:
     async def audit(self) -> kvtransfer_pb2.AuditReply:
         """Counts of the agent's slots by state."""
         with relevo_errors(f"kvtransfer agent {self.address}"):
-            return await self._stub.Audit(kvtransfer_pb2.AuditRequest(), timeout=REPLY_SECONDS, metadata=self._metadata)
+            return await self._stub.Audit(kvtransfer_pb2.AuditRequest(), timeout=REPLY_SECONDS)
 
     async def _attach(self, stale: ArenaMapping | None) -> ArenaMapping:
         """The mapping, which is made if there is none or it is the stale one."""
@@ -161,7 +174,7 @@ class KvAgentClient:
             block_bytes=block_bytes,
         )
         try:
-            reply = await self._stub.Attach(request, timeout=REPLY_SECONDS, metadata=self._metadata)
+            reply = await self._stub.Attach(request, timeout=REPLY_SECONDS)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise Unavailable(f"kvtransfer agent {self.address} does not answer") from error

@@ -57,7 +57,7 @@ async def ask(settings: ControlSettings) -> None:
         stub = kvtransfer_pb2_grpc.KvTransferStub(channel)
         try:
             with relevo_errors(f"kvtransfer agent {settings.agent}"):
-                rows = await _ROWS[settings.action](stub, settings, security.metadata)
+                rows = await _ROWS[settings.action](stub, settings)
         except Unavailable as error:
             raise Unavailable(f"no KV agent answers at --agent {settings.agent}: {error.message}") from error
     if settings.as_json:
@@ -66,8 +66,8 @@ async def ask(settings: ControlSettings) -> None:
         _print_table(settings.action, rows)
 
 
-async def _stats(stub: Any, settings: ControlSettings, metadata: Any) -> list[dict[str, Any]]:
-    reply = await stub.GetTiers(kvtransfer_pb2.GetTiersRequest(), timeout=_ANSWER_SECONDS, metadata=metadata)
+async def _stats(stub: Any, settings: ControlSettings) -> list[dict[str, Any]]:
+    reply = await stub.GetTiers(kvtransfer_pb2.GetTiersRequest(), timeout=_ANSWER_SECONDS)
     if settings.tier and settings.tier not in [state.tier for state in reply.tiers]:
         raise InvalidRequest(
             f"this agent has no tier {settings.tier!r}: it has {', '.join(state.tier for state in reply.tiers)}"
@@ -92,19 +92,19 @@ async def _stats(stub: Any, settings: ControlSettings, metadata: Any) -> list[di
     ]
 
 
-async def _ls(stub: Any, settings: ControlSettings, metadata: Any) -> list[dict[str, Any]]:
+async def _ls(stub: Any, settings: ControlSettings) -> list[dict[str, Any]]:
     request = kvtransfer_pb2.ListBlocksRequest(tier=settings.tier, limit=settings.limit)
     rows = []
-    async for part in stub.ListBlocks(request, timeout=_CLEAR_SECONDS, metadata=metadata):
+    async for part in stub.ListBlocks(request, timeout=_CLEAR_SECONDS):
         for block in part.blocks:
             state = "written" if block.granted else "pinned" if block.num_pins else ""
             rows.append({"tier": part.tier, "bytes": block.num_bytes, "in_use": state, "name": block.name.hex()})
     return rows
 
 
-async def _clear(stub: Any, settings: ControlSettings, metadata: Any) -> list[dict[str, Any]]:
+async def _clear(stub: Any, settings: ControlSettings) -> list[dict[str, Any]]:
     request = kvtransfer_pb2.ClearBlocksRequest(tier=settings.tier)
-    reply = await stub.ClearBlocks(request, timeout=_CLEAR_SECONDS, metadata=metadata)
+    reply = await stub.ClearBlocks(request, timeout=_CLEAR_SECONDS)
     return [{"tier": tier.tier, "cleared": tier.num_blocks, "kept": tier.num_kept} for tier in reply.tiers]
 
 

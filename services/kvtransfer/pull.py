@@ -88,9 +88,7 @@ class _Pull:
         stub = kvtransfer_pb2_grpc.KvTransferStub(link.channel)
         open_fetch = kvtransfer_pb2.OpenFetch(block_hashes=names, timeout_ms=max(1, int(timeout_seconds * 1000)))
         try:
-            with cancelling(
-                stub.Fetch(timeout=timeout_seconds + _GRACE_SECONDS, metadata=self._links.metadata)
-            ) as call:
+            with cancelling(stub.Fetch(timeout=timeout_seconds + _GRACE_SECONDS)) as call:
                 with suppress(asyncio.InvalidStateError):  # it has failed already: read() tells why
                     await call.write(kvtransfer_pb2.FetchRequest(open=open_fetch))
                 await self._answer_all(call, link)

@@ -6,10 +6,11 @@ from typing import Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from services.common.config import ByteSize, ServiceSettings, StringList
+from services.common.config import ByteSize, StringList
+from services.common.security import PeerSettings
 
 
-class RouterSettings(ServiceSettings, cli_prog_name="relevo-router"):
+class RouterSettings(PeerSettings, cli_prog_name="relevo-router"):
     """The router: OpenAI's HTTP API in front of prefill and decode workers.
 
     Example: python -m services.router --model demo --prefill 127.0.0.1:50052 --decode 127.0.0.1:50053

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grpc.aio
 
 from relevo.core.block_hash import BlockHash
-from relevo.core.errors import Mismatch, RelevoError, Unavailable
+from relevo.core.errors import DeadlineExceeded, Mismatch, RelevoError, Unauthenticated, Unavailable
 from relevo.core.placement import WorkerView
 from relevo.core.prefix_index import PrefixIndex
 from relevo.core.worker_load import PromptWork, WorkerLoad
 from services.common.errors import relevo_errors
 from services.common.grpc import cancelling, make_channel
+from services.common.security import NO_SECURITY, Security
 from services.pb import messages_pb2, worker_pb2, worker_pb2_grpc
+from services.router.agents import AgentBlocks, Agents
 from services.router.block_watch import BlockWatch
 from services.router.request_stream import Command, RequestInbox, RequestStream, WorkerCall, WorkerKind
 
@@ -25,26 +27,44 @@ CONNECT_SECONDS = 5.0  # how long one GetInfo waits for the worker to listen
 SILENCE_SECONDS = 15.0  # a worker says something every second; one that is silent for so long hangs
 MIN_BACKOFF_SECONDS = 0.05
 MAX_BACKOFF_SECONDS = 1.0
+REFUSED_SECONDS = 10.0  # until one that does not want us is asked again: it may be started anew, with our token
+
+# What gRPC says, in words alone, when the peer's certificate is not good, or ours is not, or one side has no TLS.
+_NO_HANDSHAKE = ("Tls handshake failed", "Socket closed")
+_CHECK_TLS = "--tls-cert, --tls-key and --tls-ca of the router and of this worker must fit each other"
 
 
 class WorkerConnection:
     """One channel: GetInfo, then a watch over its blocks and the stream of requests, until the stream breaks; again.
 
     info: of the last connection, None before the first
+    complaint: why there is no connection; None if there is one, or none was tried
     """
 
     def __init__(
-        self, address: str, kind: WorkerKind, index: PrefixIndex, *, silence_seconds: float = SILENCE_SECONDS
+        self,
+        address: str,
+        kind: WorkerKind,
+        index: PrefixIndex,
+        agents: Agents,
+        *,
+        security: Security = NO_SECURITY,
+        silence_seconds: float = SILENCE_SECONDS,
+        on_connected: Callable[[], None] = lambda: None,
     ) -> None:
         self.address = address
         self.kind = kind
         self.info: worker_pb2.WorkerInfo | None = None
+        self.complaint: str | None = None
         self.load = WorkerLoad(messages_pb2.Load())
         self._index = index
+        self._agents = agents
+        self._on_connected = on_connected
+        self._security = security
         self._silence_seconds = silence_seconds
         self._stream: RequestStream | None = None
         self._connected = asyncio.Event()
-        self._complaint: str | None = None
+        self._is_refused = False
 
     @property
     def is_connected(self) -> bool:
@@ -64,13 +84,17 @@ class WorkerConnection:
             raise Unavailable(f"{self.kind.name} worker {self.address} is not connected")
         return self._stream.submit(command, inbox, work)
 
-    def view(self, hashes: Sequence[BlockHash], num_cached_blocks: int, now: float) -> WorkerView:
+    def view(
+        self, hashes: Sequence[BlockHash], num_cached_blocks: int, at_agents: AgentBlocks, now: float
+    ) -> WorkerView:
         """For placement. Only of workers that were connected once.
 
         hashes: of the prompt's blocks, of which num_cached_blocks are in the worker's pool
         """
         assert self.info is not None
         report = self.load.report
+        agent_address = self.info.agent_address
+        remote_agent, num_remote_blocks = at_agents.best_but(agent_address) if agent_address else ("", 0)
         return WorkerView(
             address=self.address,
             fingerprint=self.info.layout_fingerprint,
@@ -86,11 +110,15 @@ class WorkerConnection:
             step_seconds_per_request=report.step_seconds_per_request,
             transfer_bytes_per_second=report.transfer_bytes_per_second,
             num_cached_blocks=max(num_cached_blocks, self.load.num_expected_blocks(hashes)),
+            agent_address=agent_address,
+            num_agent_blocks=at_agents.at(agent_address) if agent_address else 0,
+            remote_agent=remote_agent,
+            num_remote_blocks=num_remote_blocks,
         )
 
     async def run(self) -> None:
         """Stays connected, until cancelled."""
-        channel = make_channel(self.address)
+        channel = make_channel(self.address, self._security)
         loop = asyncio.get_running_loop()
         backoff_seconds = MIN_BACKOFF_SECONDS
         try:
@@ -98,7 +126,7 @@ class WorkerConnection:
                 since = loop.time()
                 if await self._try(channel) and loop.time() - since > MAX_BACKOFF_SECONDS:
                     backoff_seconds = MIN_BACKOFF_SECONDS  # it had worked; one that breaks at once is not hurried
-                await asyncio.sleep(backoff_seconds)
+                await asyncio.sleep(REFUSED_SECONDS if self._is_refused else backoff_seconds)
                 backoff_seconds = min(2 * backoff_seconds, MAX_BACKOFF_SECONDS)
         finally:
             self._index.forget(self.address)
@@ -109,27 +137,45 @@ class WorkerConnection:
         try:
             info = await self._get_info(channel)
         except RelevoError as error:
-            if error.message != self._complaint:  # once, and not at every attempt
-                self._complaint = error.message
-                level = logging.ERROR if isinstance(error, Mismatch) else logging.INFO
+            self._is_refused = isinstance(error, Unauthenticated)
+            if error.message != self.complaint:  # once, and not at every attempt
+                self.complaint = error.message
+                level = logging.ERROR if isinstance(error, Mismatch | Unauthenticated) else logging.INFO
                 logger.log(level, "waiting for %s worker %s: %s", self.kind.name, self.address, error.message)
             return False
-        self._complaint = None
+        self._is_refused, self.complaint = False, None
         reason = await self._serve(channel, info)
         logger.warning("lost %s worker %s: %s", self.kind.name, info.worker_id, reason.message)
         return True
 
     async def _get_info(self, channel: grpc.aio.Channel) -> worker_pb2.WorkerInfo:
-        with relevo_errors(self.address):
-            info = await worker_pb2_grpc.WorkerStub(channel).GetInfo(
-                worker_pb2.GetInfoRequest(), timeout=CONNECT_SECONDS, wait_for_ready=True
-            )
+        """Raises Unauthenticated if our token or certificate is not taken, Mismatch, Unavailable."""
+        try:
+            info = await self._ask(channel, wait_for_ready=True)
+        except DeadlineExceeded:
+            info = await self._ask_at_once(channel)
         if info.role != self.kind.role:
             role = worker_pb2.Role.Name(info.role)
             raise Mismatch(f"{self.address} was given as a {self.kind.name} worker and says that it is {role}")
         if not info.block_size or not info.max_num_seqs or len(info.layout_fingerprint) != 32:
             raise Mismatch(f"{self.address}: its info names no block_size, max_num_seqs or layout_fingerprint")
         return info
+
+    async def _ask(self, channel: grpc.aio.Channel, *, wait_for_ready: bool) -> worker_pb2.WorkerInfo:
+        stub = worker_pb2_grpc.WorkerStub(channel)
+        with relevo_errors(self.address):
+            return await stub.GetInfo(
+                worker_pb2.GetInfoRequest(), timeout=CONNECT_SECONDS, wait_for_ready=wait_for_ready
+            )
+
+    async def _ask_at_once(self, channel: grpc.aio.Channel) -> worker_pb2.WorkerInfo:
+        """Where nothing has connected for CONNECT_SECONDS: a call that does not wait is told why it would have to."""
+        try:
+            return await self._ask(channel, wait_for_ready=False)
+        except Unavailable as error:
+            if any(sign in error.message for sign in _NO_HANDSHAKE):
+                raise Unauthenticated(f"{error.message}; {_CHECK_TLS}") from error
+            raise
 
     async def _serve(self, channel: grpc.aio.Channel, info: worker_pb2.WorkerInfo) -> Unavailable:
         """One connection's life."""
@@ -143,12 +189,15 @@ class WorkerConnection:
             watch = tasks.create_task(self._watch(channel, stream))
             self._stream = stream
             self._connected.set()
+            self._agents.attached(info.agent_address)
+            self._on_connected()
             logger.info("connected to %s worker %s at %s", self.kind.name, info.worker_id, self.address)
             try:
                 return await stream.run()
             finally:
                 self._stream = None
                 self._connected.clear()
+                self._agents.detached(info.agent_address)
                 watch.cancel()
 
     async def _watch(self, channel: grpc.aio.Channel, stream: RequestStream) -> None:

@@ -6,6 +6,8 @@ import asyncio
 
 from relevo.core.prefix_index import PrefixIndex
 from services.common.discovery import Discovery
+from services.common.security import NO_SECURITY, Security
+from services.router.agents import Agents
 from services.router.connection import SILENCE_SECONDS, WorkerConnection
 from services.router.generation import ServedModel
 from services.router.request_stream import DECODE, PREFILL, WorkerKind
@@ -14,9 +16,15 @@ from services.router.request_stream import DECODE, PREFILL, WorkerKind
 class Fleet:
     """Connections to the workers that discovery names. run() owns every task."""
 
-    def __init__(self, discovery: Discovery, *, silence_seconds: float = SILENCE_SECONDS) -> None:
+    def __init__(
+        self, discovery: Discovery, *, security: Security = NO_SECURITY, silence_seconds: float = SILENCE_SECONDS
+    ) -> None:
+        """security: what the workers ask for, and what this router proves itself with."""
         self.index = PrefixIndex()
+        self.agents = Agents(self.index, security)
+        self.news = asyncio.Event()  # set when a worker is connected; replaced by a new one at the same time
         self._discovery = discovery
+        self._security = security
         self._silence_seconds = silence_seconds
         self._workers: dict[str, dict[str, WorkerConnection]] = {PREFILL.name: {}, DECODE.name: {}}
         self._discovered = {PREFILL.name: asyncio.Event(), DECODE.name: asyncio.Event()}
@@ -31,6 +39,10 @@ class Fleet:
 
     def worker(self, kind: WorkerKind, address: str) -> WorkerConnection:
         return self._workers[kind.name][address]
+
+    def complaints(self, kind: WorkerKind) -> str:
+        """Why workers of this kind are not connected, as far as they have been tried."""
+        return "; ".join(worker.complaint for worker in self._workers[kind.name].values() if worker.complaint)
 
     def model(self) -> ServedModel | None:
         """The smallest limits of all workers that were ever connected."""
@@ -53,6 +65,7 @@ class Fleet:
     async def run(self) -> None:
         """Follows discovery and keeps the connections, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
+            self.agents.start(tasks)
             for kind in (PREFILL, DECODE):
                 tasks.create_task(self._follow(kind, tasks))
 
@@ -64,6 +77,18 @@ class Fleet:
                 running.pop(address).cancel()
                 del workers[address]
             for address in sorted(addresses - running.keys()):
-                workers[address] = WorkerConnection(address, kind, self.index, silence_seconds=self._silence_seconds)
+                workers[address] = WorkerConnection(
+                    address,
+                    kind,
+                    self.index,
+                    self.agents,
+                    security=self._security,
+                    silence_seconds=self._silence_seconds,
+                    on_connected=self._tell,
+                )
                 running[address] = tasks.create_task(workers[address].run(), name=f"{kind.name} {address}")
             self._discovered[kind.name].set()
+
+    def _tell(self) -> None:
+        self.news.set()
+        self.news = asyncio.Event()

@@ -74,3 +74,6 @@ class Dispatcher(Protocol):
 
     def is_ready(self) -> bool:
         """Whether a request could be served now."""
+
+    def complaint(self) -> str:
+        """What keeps it from being ready, as far as that is known."""

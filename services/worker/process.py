@@ -40,14 +40,17 @@ async def serve_worker(
     make_registration: Callable[[Worker, KvAgentClient | None], Registration],
 ) -> None:
     """Load, attach, listen, report ready. What is started is stopped in reverse order at shutdown."""
-    server = make_server([], settings.host, settings.port)  # a port that is taken shows before minutes of loading
+    security = read_security(settings)
+    security.check_host(settings.host)
+    # Before minutes of loading: a port that is taken shows at once.
+    server = make_server([], settings.host, settings.port, security)
     worker_id = settings.worker_id or f"{process.role}-{server.port}"
     engine = await _load_engine(settings)
     info = engine.info
     agent = None
     agent_address = ""
     if settings.kv_agent:
-        agent = KvAgentClient(settings.kv_agent, worker_id, process.incarnation, read_security(settings))
+        agent = KvAgentClient(settings.kv_agent, worker_id, process.incarnation, security)
         process.stack.push_async_callback(agent.close)
         agent_address = await _attach(agent, info, settings.attach_timeout_seconds)
 

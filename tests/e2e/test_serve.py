@@ -31,7 +31,8 @@ START_SECONDS = 90  # two cores, shared with another test process
 MODEL = "relevo-demo"
 CHAT = [{"role": "user", "content": "What does os.path.join do?"}]
 LONG_PROMPT = "import os\n" * 60
-SMALL = ["--dtype", "float32", "--kv-cache-memory", "128MiB", "--kv-arena", "64MiB"]
+SMALL_WORKERS = ["--dtype", "float32", "--kv-cache-memory", "128MiB"]
+SMALL = [*SMALL_WORKERS, "--kv-arena", "64MiB"]
 
 
 @dataclass(frozen=True)
@@ -347,7 +348,7 @@ def test_launcher_that_is_killed_takes_its_children_along() -> None:
 
 
 def test_without_restarts_a_dead_worker_stops_the_stack_and_is_named() -> None:
-    serve = Serve("--topology", "aggregated", "--no-restart", *SMALL)
+    serve = Serve("--topology", "aggregated", "--no-restart", *SMALL_WORKERS)
     pid = serve.child("decode-0").pid
     os.kill(pid, signal.SIGKILL)
     _, error = serve.process.communicate(timeout=40)
@@ -394,6 +395,19 @@ def test_model_that_does_not_fit_in_memory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     error = refused(str(tmp_path), "--load-format", "dummy", "--topology", "aggregated", "--port", str(free_port()))
     assert "memory" in error.splitlines()[0]
+
+
+def test_aggregated_refuses_what_only_the_split_has(tmp_path: Path) -> None:
+    path = tmp_path / "relevo.yaml"
+    path.write_text("topology: aggregated\nkv-arena: 1GiB\n")
+    for flag, arguments in (
+        ("--kv-disk", ("--topology", "aggregated", "--kv-disk", str(tmp_path))),
+        ("--prefill", ("--topology", "aggregated", "--prefill", "1")),
+        ("--kv-arena", ("--config", str(path))),
+    ):
+        error = refused(*arguments, "--port", str(free_port()))
+        assert error.startswith(f"relevo: error: {flag} has no effect with --topology aggregated")
+        assert error.count("\n") == 0
 
 
 def test_config_file_sets_options_and_names_unknown_ones(tmp_path: Path) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
-import subprocess
 from pathlib import Path
 
 import grpc
@@ -18,6 +16,7 @@ from services.common.grpc import cancelling, make_channel
 from services.common.security import NO_SECURITY, PeerSettings, Security, Tls, is_loopback, read_security
 from services.kvtransfer.client import KvAgentClient
 from services.pb import kvtransfer_pb2, kvtransfer_pb2_grpc, worker_pb2
+from tests.support.certificates import identity, tls_settings
 
 from .blocks import BLOCK_BYTES, FINGERPRINT, fetch_all, names, publish_all, take
 from .conftest import SpawnAgent, StartAgent
@@ -118,6 +117,14 @@ def test_settings_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("host", "tls", "warned"), [("10.0.0.1", False, True), ("10.0.0.1", True, False), ("::1", False, False)]
+)
+def test_token_in_the_clear_is_a_warning(host: str, tls: bool, warned: bool, caplog: pytest.LogCaptureFixture) -> None:
+    Security(TOKEN, Tls(cert=b"x", key=b"x") if tls else None).check_host(host)
+    assert ["travels in the clear; give --tls-cert" in record.message for record in caplog.records] == [True] * warned
+
+
+@pytest.mark.parametrize(
     ("host", "expected"),
     [
         *((host, True) for host in ("127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost")),
@@ -128,42 +135,8 @@ def test_loopback_is_recognized(host: str, expected: bool) -> None:
     assert is_loopback(host) is expected
 
 
-@pytest.fixture(scope="session")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ca.pem, and NAME.pem and NAME.key for "peer", which it signed, and "stranger", which it did not."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("openssl is not installed: it makes the certificates")
-    folder = tmp_path_factory.mktemp("tls")
-
-    def run(*arguments: str) -> None:
-        subprocess.run([openssl, *arguments], cwd=folder, check=True, capture_output=True)
-
-    new_key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-noenc")
-    (folder / "san").write_text("subjectAltName=IP:127.0.0.1")
-    run("req", "-x509", *new_key, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=test CA", "-days", "2")
-    run("req", *new_key, "-keyout", "peer.key", "-out", "peer.csr", "-subj", "/CN=peer")
-    signed = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", "san", "-days", "2")
-    run("x509", "-req", "-in", "peer.csr", "-out", "peer.pem", *signed)
-    stranger = ("-keyout", "stranger.key", "-out", "stranger.pem", "-subj", "/CN=stranger", "-days", "2")
-    run("req", "-x509", *new_key, *stranger, "-addext", "subjectAltName=IP:127.0.0.1")
-    return folder
-
-
-def identity(folder: Path, name: str, *, ca: bool = True) -> Security:
-    settings = PeerSettings(
-        tls_cert=folder / f"{name}.pem", tls_key=folder / f"{name}.key", tls_ca=folder / "ca.pem" if ca else None
-    )
-    return read_security(settings)
-
-
 async def test_certificates_let_peers_in_and_keep_strangers_out(start: StartAgent, certificates: Path) -> None:
-    files = {
-        "tls_cert": certificates / "peer.pem",
-        "tls_key": certificates / "peer.key",
-        "tls_ca": certificates / "ca.pem",
-    }
-    agent = await start(**files)
+    agent = await start(**tls_settings(certificates, "peer"))
     client = await attach(agent.address, identity(certificates, "peer"))
     await publish_all(client, "a")
     assert await fetch_all(client, "a") == {}

@@ -47,6 +47,19 @@ def test_port_in_use_is_one_clear_line() -> None:
         assert line.startswith(f"relevo-router: error: cannot listen on 127.0.0.1:{port}: Address already in use")
 
 
+def test_world_open_router_without_a_secret_does_not_start() -> None:
+    """Its gRPC port, that is: the HTTP port has keys of its own."""
+    run = subprocess.run(
+        [sys.executable, "-m", "services.router", "--decode", "127.0.0.1:1", "--http-port=0", "--host=::", "--port=0"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode == 1
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("relevo-router: error: --host :: can be reached from other hosts")
+
+
 async def test_serves_drains_and_leaves() -> None:
     decode, prefill = FakeDecode("decode-0"), FakePrefill("prefill-0", block_size=4)
     await prefill.start()

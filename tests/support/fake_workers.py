@@ -20,6 +20,7 @@ from typing import Any
 from relevo.core.block_hash import BlockHash
 from relevo.core.errors import Exhausted
 from services.common.grpc import GrpcServer, Registration, make_server
+from services.common.security import NO_SECURITY, Security
 from services.pb import (
     decode_pb2,
     decode_pb2_grpc,
@@ -64,6 +65,7 @@ class FakeWorker:
         fingerprint: bytes = FINGERPRINT,
         snapshot_part: int = 16384,
         behaviour: Behaviour | None = None,
+        security: Security = NO_SECURITY,
     ) -> None:
         self.worker_id = worker_id
         self.journal = journal or Journal()
@@ -85,6 +87,7 @@ class FakeWorker:
         self.address = ""
         self.blocks: dict[BlockHash, None] = {}
         self.sequence = 0
+        self.security = security
         self._snapshot_part = snapshot_part
         self._watchers: set[asyncio.Queue[worker_pb2.BlockEvents]] = set()
         self._server: GrpcServer | None = None
@@ -96,7 +99,7 @@ class FakeWorker:
         self.sequence = 0
         port = int(self.address.rpartition(":")[2]) if self.address else 0
         service = Registration(worker_pb2_grpc.add_WorkerServicer_to_server, _WorkerServicer(self), "relevo.v1.Worker")
-        self._server = make_server([service, self._registration()], "127.0.0.1", port)
+        self._server = make_server([service, self._registration()], "127.0.0.1", port, self.security)
         self.address = self._server.address
         await self._server.start()
 

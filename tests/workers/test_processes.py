@@ -99,6 +99,14 @@ def test_agent_that_never_answers_stops_the_start(tiny_models: TinyModels) -> No
     assert "Traceback" not in stderr
 
 
+@pytest.mark.parametrize("service", ["prefill", "decode"])
+def test_world_open_worker_without_a_secret_does_not_start(service: str) -> None:
+    stderr = refusal(service, "--host", "0.0.0.0", "--port", "0", "--kv-agent", "127.0.0.1:1")
+    assert f"relevo-{service}: error: --host 0.0.0.0 can be reached from other hosts" in stderr
+    assert "set RELEVO_KV_TOKEN (or --kv-token-file)" in stderr
+    assert stderr.count("\n") == 1
+
+
 async def test_split_over_processes_then_drain(processes: Processes, tiny_models: TinyModels) -> None:
     """A request that runs when SIGTERM comes is finished; the exit code is 0."""
     path = tiny_models.path("llama")

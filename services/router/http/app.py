@@ -168,7 +168,8 @@ def _operator_routes(serving: Serving) -> APIRouter:
     async def health() -> Response:
         """200 if a request could be served now, else 503."""
         if not serving.dispatcher.is_ready():
-            raise Unavailable("no worker is ready to serve a request")
+            reason = serving.dispatcher.complaint() or "none is connected"
+            raise Unavailable(f"no worker is ready to serve a request: {reason}")
         return JsonResponse({"status": "ok"})
 
     @router.get("/debug/route/{request_id}", responses=_ERRORS)

@@ -77,7 +77,7 @@ class Serving:
         """Raises Unavailable before the first worker was seen."""
         model = self.dispatcher.model()
         if model is None:
-            raise Unavailable("no worker is there yet")
+            raise Unavailable(f"no worker is there yet: {self.dispatcher.complaint() or 'none has been reached'}")
         return model
 
     def require_tokenizer(self, param: str) -> Tokenizer:

@@ -54,7 +54,8 @@ class Clipped(LlamaAttention):
     """Only what is beyond 12 deviations of a usual value."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
-        return super().forward(hidden_states.clamp(-12.0, 12.0), **kwargs)
+        output, _ = super().forward(hidden_states.clamp(-12.0, 12.0), **kwargs)
+        return output, None
 
 
 class Swapped(LlamaMLP):

@@ -67,6 +67,7 @@ class FakeDispatcher:
         self.script: Script = sampled
         self.served: ServedModel | None = MODEL
         self.ready = True
+        self.reason = ""
         self.generations: list[FakeGeneration] = []
 
     def generate(self, request: messages_pb2.GenerationRequest) -> FakeGeneration:
@@ -83,6 +84,9 @@ class FakeDispatcher:
 
     def is_ready(self) -> bool:
         return self.ready
+
+    def complaint(self) -> str:
+        return self.reason
 
     @property
     def requests(self) -> list[messages_pb2.GenerationRequest]:

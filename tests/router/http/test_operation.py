@@ -34,6 +34,16 @@ async def test_health_is_whether_a_request_could_be_served(edge: Edge) -> None:
     assert reply.json()["error"]["type"] == "service_unavailable_error"
 
 
+async def test_what_keeps_workers_away_is_named_to_clients(edge: Edge) -> None:
+    edge.dispatcher.ready, edge.dispatcher.served, edge.dispatcher.reason = False, None, "set RELEVO_KV_TOKEN"
+    for reply in (
+        await edge.http.get("/health"),
+        await edge.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}),
+    ):
+        assert reply.status_code == 503
+        assert "set RELEVO_KV_TOKEN" in reply.json()["error"]["message"]
+
+
 async def test_version(edge: Edge) -> None:
     assert (await edge.http.get("/version")).json() == {"version": "1.2.3"}
 
