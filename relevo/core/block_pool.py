@@ -40,6 +40,10 @@ class BlockPool:
             found.append(block_id)
         return found
 
+    def find(self, block_hash: BlockHash) -> int | None:
+        """The block with this name."""
+        return self._block_of.get(block_hash)
+
     def num_free_among(self, block_ids: Sequence[int]) -> int:
         """How many of these nobody holds: share() takes them out of the free list."""
         return sum(self._ref_cnt[block_id] == 0 for block_id in block_ids)

@@ -1,8 +1,11 @@
 """Where a request goes: one continuous cost in milliseconds for every candidate, and the cheapest wins (design.md §6).
 
-    ttft(p, d) = wait(p) + uncached_tokens(p) / prefill_rate(p) + transfer + handover + admit(d)
-    ttft(d)    = wait(d) + uncached_tokens(d) / prefill_rate(d)            + admit(d)
+    ttft(p, d) = wait(p) + fetch(p) + uncached_tokens(p) / prefill_rate(p) + transfer + handover + admit(d)
+    ttft(d)    = wait(d) + fetch(d) + uncached_tokens(d) / prefill_rate(d)            + admit(d)
     cost       = ttft + a · (uncached part of ttft) + w · (delay it causes to the requests on d)
+
+A worker that lacks blocks which an agent holds, its own or another host's, can fetch them: it does where the way is
+shorter than computing them.
 
 No threshold decides whether to split; the terms do. On an idle pair of equal speed the two differ by `handover` on one
 side and by w · (time decode spends on the prompt) on the other: the request that may arrive meanwhile is counted, for
@@ -32,6 +35,7 @@ class CostModel:
     uncached_weight: float = 1.0
     slowdown_weight: float = 1.0  # w: a millisecond of another request's counts as one of ours
     handover_ms: float = 5.0  # two more calls, announcing, the last block's way
+    fetch_ms: float = 3.0  # to ask an agent for blocks, whatever their size; from another agent twice
     bandwidth_bytes_per_second: float = 1e9  # between agents, where the receiver has measured none
     prefill_tokens_per_second: float = 2000.0  # when no worker has measured; otherwise the mean of those that have
     step_seconds: float = 0.02  # likewise
@@ -43,6 +47,8 @@ class WorkerView:
     """What is known of a worker, about one prompt. Requests and tokens include ours that no report has shown yet.
 
     num_cached_blocks: leading blocks of the prompt in its pool, or there by the time that it gets to this prompt
+    num_agent_blocks: at its agent, agent_address
+    num_remote_blocks: at another agent, remote_agent: that which has the most
     prefill_tokens_per_second, step_seconds, transfer_bytes_per_second: 0 = not measured
     step_seconds_per_request: what one more request in the batch adds to a step; 0 = not measured
     """
@@ -61,6 +67,10 @@ class WorkerView:
     step_seconds_per_request: float = 0.0
     transfer_bytes_per_second: float = 0.0
     num_cached_blocks: int = 0
+    agent_address: str = ""
+    num_agent_blocks: int = 0
+    remote_agent: str = ""
+    num_remote_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +78,15 @@ class Candidate:
     """A decode worker, alone or with a prefill worker, and what it would cost. All terms in milliseconds.
 
     slowdown_ms is of other requests and no part of ttft_ms.
+    source: the agent from which the worker that computes takes num_source_blocks leading blocks; None: from none
     """
 
     decode: str
     prefill: str | None
+    source: str | None
+    num_source_blocks: int
     wait_ms: float
+    fetch_ms: float
     uncached_ms: float
     transfer_ms: float
     handover_ms: float
@@ -88,6 +102,7 @@ class Candidate:
         """For whoever wants to know why."""
         return {
             "wait_ms": self.wait_ms,
+            "fetch_ms": self.fetch_ms,
             "uncached_ms": self.uncached_ms,
             "transfer_ms": self.transfer_ms,
             "handover_ms": self.handover_ms,
@@ -155,38 +170,15 @@ def place(
     return Placement(pairs, costs, affinity)
 
 
-class _Prefill:
-    """What a prefill worker adds to the cost of all pairs that it is in."""
-
-    __slots__ = ("cost_ms", "num_cached_tokens", "num_uncached_tokens", "uncached_ms", "wait_ms", "worker")
-
-    def __init__(self, num_prompt_tokens: int, worker: WorkerView, costs: CostModel) -> None:
-        self.worker = worker
-        rate = _tokens_per_ms(worker, costs)
-        self.num_cached_tokens = worker.num_cached_blocks * worker.block_size
-        # The last token is computed even when its block is cached: its logits are what the first output comes from.
-        self.num_uncached_tokens = max(1, num_prompt_tokens - self.num_cached_tokens)
-        self.uncached_ms = self.num_uncached_tokens / rate
-        self.wait_ms = worker.num_waiting_tokens / rate
-        self.cost_ms = self.wait_ms + (1 + costs.uncached_weight) * self.uncached_ms
-
-    def transfer_ms(self, decode: _Decode) -> float:
-        """What is left of the blocks' way when the last one is computed: they travel while the next ones are."""
-        return max(0.0, decode.bytes_ms - self.uncached_ms)
-
-
-class _Decode:
-    """A decode worker's part of the cost, alone and in pairs."""
+class _Computing:
+    """What it takes a worker to have the prompt's KV: to wait, to fetch and to compute."""
 
     __slots__ = (
-        "admit_ms",
-        "bytes_ms",
-        "direct_cost_ms",
-        "join_ms",
+        "fetch_ms",
         "num_cached_tokens",
-        "num_missing_blocks",
+        "num_source_blocks",
         "num_uncached_tokens",
-        "split_cost_ms",
+        "source",
         "uncached_ms",
         "wait_ms",
         "worker",
@@ -194,12 +186,59 @@ class _Decode:
 
     def __init__(self, num_prompt_tokens: int, worker: WorkerView, costs: CostModel) -> None:
         self.worker = worker
-        rate = _tokens_per_ms(worker, costs)
-        self.num_cached_tokens = worker.num_cached_blocks * worker.block_size
+        self.source: str | None = None
+        self.num_source_blocks = 0
+        self.fetch_ms = 0.0
+        tokens_per_ms = _tokens_per_ms(worker, costs)
+        num_blocks = worker.num_cached_blocks
+        if worker.num_agent_blocks > num_blocks or worker.num_remote_blocks > num_blocks:
+            num_blocks = self._choose_source(tokens_per_ms, costs)
+        self.num_cached_tokens = num_blocks * worker.block_size
         # The last token is computed even when its block is cached: its logits are what the first output comes from.
         self.num_uncached_tokens = max(1, num_prompt_tokens - self.num_cached_tokens)
-        self.uncached_ms = self.num_uncached_tokens / rate
-        self.wait_ms = worker.num_waiting_tokens / rate
+        self.uncached_ms = self.num_uncached_tokens / tokens_per_ms
+        self.wait_ms = worker.num_waiting_tokens / tokens_per_ms
+
+    def _choose_source(self, tokens_per_ms: float, costs: CostModel) -> int:
+        """The agent that brings blocks sooner than computing them would, if one does; the number of blocks then."""
+        worker = self.worker
+        in_pool, at_agent = worker.num_cached_blocks, worker.num_agent_blocks
+        bandwidth = worker.transfer_bytes_per_second or costs.bandwidth_bytes_per_second
+        block_ms = 1000 * worker.block_bytes / bandwidth
+        compute_ms = worker.block_size / tokens_per_ms
+        best, saved_ms = in_pool, 0.0
+        for source, num_blocks, calls in (
+            (worker.agent_address, at_agent, 1),
+            (worker.remote_agent, worker.num_remote_blocks, 2),
+        ):
+            fetch_ms = calls * costs.fetch_ms + (num_blocks - in_pool) * block_ms
+            if (num_blocks - in_pool) * compute_ms - fetch_ms > saved_ms:
+                saved_ms = (num_blocks - in_pool) * compute_ms - fetch_ms
+                best, self.source, self.num_source_blocks, self.fetch_ms = num_blocks, source, num_blocks, fetch_ms
+        return best
+
+
+class _Prefill(_Computing):
+    """What a prefill worker adds to the cost of all pairs that it is in."""
+
+    __slots__ = ("cost_ms",)
+
+    def __init__(self, num_prompt_tokens: int, worker: WorkerView, costs: CostModel) -> None:
+        super().__init__(num_prompt_tokens, worker, costs)
+        self.cost_ms = self.wait_ms + self.fetch_ms + (1 + costs.uncached_weight) * self.uncached_ms
+
+    def transfer_ms(self, decode: _Decode) -> float:
+        """What is left of the blocks' way when the last one is computed: they travel while the next ones are."""
+        return max(0.0, decode.bytes_ms - self.uncached_ms)
+
+
+class _Decode(_Computing):
+    """A decode worker's part of the cost, alone and in pairs."""
+
+    __slots__ = ("admit_ms", "bytes_ms", "direct_cost_ms", "join_ms", "num_missing_blocks", "split_cost_ms")
+
+    def __init__(self, num_prompt_tokens: int, worker: WorkerView, costs: CostModel) -> None:
+        super().__init__(num_prompt_tokens, worker, costs)
         self.num_missing_blocks = num_prompt_tokens // worker.block_size - worker.num_cached_blocks
         bandwidth = worker.transfer_bytes_per_second or costs.bandwidth_bytes_per_second
         self.bytes_ms = 1000 * self.num_missing_blocks * worker.block_bytes / bandwidth
@@ -208,6 +247,7 @@ class _Decode:
         self.split_cost_ms = costs.handover_ms + self.admit_ms + costs.slowdown_weight * self.join_ms
         self.direct_cost_ms = (
             self.wait_ms
+            + self.fetch_ms
             + (1 + costs.uncached_weight) * self.uncached_ms
             + self.admit_ms
             + costs.slowdown_weight * self.direct_slowdown_ms
@@ -238,13 +278,21 @@ class _Pair:
         return Candidate(
             decode=decode.worker.address,
             prefill=prefill.worker.address if prefill else None,
+            source=computes.source,
+            num_source_blocks=computes.num_source_blocks,
             wait_ms=computes.wait_ms,
+            fetch_ms=computes.fetch_ms,
             uncached_ms=computes.uncached_ms,
             transfer_ms=transfer_ms,
             handover_ms=handover_ms,
             admit_ms=decode.admit_ms,
             slowdown_ms=decode.join_ms if prefill else decode.direct_slowdown_ms,
-            ttft_ms=computes.wait_ms + computes.uncached_ms + transfer_ms + handover_ms + decode.admit_ms,
+            ttft_ms=computes.wait_ms
+            + computes.fetch_ms
+            + computes.uncached_ms
+            + transfer_ms
+            + handover_ms
+            + decode.admit_ms,
             cost_ms=self.cost_ms,
             num_uncached_tokens=computes.num_uncached_tokens,
             num_cached_tokens=max(computes.num_cached_tokens, decode.num_cached_tokens),

@@ -7,9 +7,10 @@ budget. Chunked prefill, prefix hits and resumption after preemption are that ru
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from relevo.core.block_hash import BlockHash
 from relevo.core.block_pool import BlockPool
 from relevo.core.request import FinishReason, Request, RequestStatus
 
@@ -59,6 +60,8 @@ class Scheduler:
     waiting_for_kv   blocks that somebody else fills: never preempted
     running          computed step by step; when blocks run out the youngest is preempted and recomputes later
     held             ended, blocks kept until release()
+
+    Blocks that are pinned are held beside what requests hold: somebody is copying them out.
     """
 
     def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
@@ -68,13 +71,14 @@ class Scheduler:
         self.waiting_for_kv: dict[str, Request] = {}
         self.running: list[Request] = []
         self.held: dict[str, Request] = {}
+        self._pinned: list[int] = []  # block ids; one that was pinned twice is in it twice
         self._requests: dict[str, Request] = {}
 
     def add(self, request: Request) -> None:
         """Queue a request. It must fit the pool alone: prompt and output need at most pool.num_blocks blocks."""
         assert request.request_id not in self._requests, f"request id {request.request_id} twice"
         assert self._num_blocks(request.num_prompt_tokens + request.max_tokens) <= self.pool.num_blocks
-        assert not request.hold_blocks or request.max_tokens == 1, (
+        assert not request.hold_blocks or request.max_tokens == request.num_output_tokens + 1, (
             "held blocks are for requests that end with one token"
         )
         self._requests[request.request_id] = request
@@ -128,6 +132,19 @@ class Scheduler:
         if request is not None:
             self._forget(request)
 
+    def pin(self, names: Iterable[BlockHash]) -> dict[BlockHash, int]:
+        """Hold the blocks that are found under these names, whosever they are, until unpin(): name → block id."""
+        found = {name: block_id for name in names if (block_id := self.pool.find(name)) is not None}
+        self.pool.share(found.values())
+        self._pinned += found.values()
+        return found
+
+    def unpin(self, block_ids: Iterable[int]) -> None:
+        """Of what pin() gave, each once for each time that it was pinned."""
+        for block_id in block_ids:
+            self._pinned.remove(block_id)
+            self.pool.free([block_id])
+
     def schedule(self) -> SchedulerOutput:
         output = SchedulerOutput()
         budget = self._schedule_running(output, self.config.max_num_batched_tokens)
@@ -166,8 +183,10 @@ class Scheduler:
                 f"{request.request_id}: {request.status} with {request.block_ids}"
             )
             assert request.num_computed_tokens <= len(request.block_ids) * self.config.block_size
+        for block_id in self._pinned:
+            ref_cnt[block_id] = ref_cnt.get(block_id, 0) + 1
         held = {block_id: count for block_id, count in enumerate(self.pool._ref_cnt) if count}
-        assert held == ref_cnt, f"held in the pool {held}, by requests {ref_cnt}"
+        assert held == ref_cnt, f"held in the pool {held}, by requests and pins {ref_cnt}"
 
     def _schedule_running(self, output: SchedulerOutput, budget: int) -> int:
         # Those that need one token first: a long prompt must not make them wait for the next step.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 
 import psutil
 import torch
 
 from relevo.allocator import keep_freed_memory
-from relevo.core.block_hash import root_hash
+from relevo.core.block_hash import BlockHash, root_hash
 from relevo.core.block_pool import BlockPool
 from relevo.core.errors import InvalidRequest, StartupError
 from relevo.core.request import FinishReason, Request
@@ -91,18 +91,21 @@ class Engine:
         cache_salt: str = "",
         await_kv: bool = False,
         hold_blocks: bool = False,
+        num_output_tokens: int = 0,
     ) -> Request:
         """A request that this engine can serve. Any thread. Raises InvalidRequest naming what is wrong with it.
 
         sampling.seed must be set; sampling.max_tokens None becomes what is left of the context.
+        num_output_tokens: how many of prompt_token_ids, the last ones, are output already: of a request that comes from
+        another engine
         """
-        num_prompt_tokens = len(prompt_token_ids)
+        num_prompt_tokens = len(prompt_token_ids) - num_output_tokens
         max_model_len = self.info.max_model_len
-        if num_prompt_tokens == 0:
+        if num_prompt_tokens <= 0:
             raise InvalidRequest("the prompt is empty", "prompt")
-        if num_prompt_tokens >= max_model_len:
+        if len(prompt_token_ids) >= max_model_len:
             raise InvalidRequest(
-                f"the prompt has {num_prompt_tokens} tokens; the context of {max_model_len} takes at most one less",
+                f"the prompt has {len(prompt_token_ids)} tokens; the context of {max_model_len} takes at most one less",
                 "prompt",
             )
         if min(prompt_token_ids) < 0 or max(prompt_token_ids) >= self.info.vocab_size:
@@ -110,6 +113,9 @@ class Engine:
         if sampling.seed is None:
             raise InvalidRequest("seed must be set where a request reaches the engine", "seed")
         room = max_model_len - num_prompt_tokens
+        max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
+        if num_output_tokens >= max_tokens:
+            raise InvalidRequest(f"{num_output_tokens} tokens are output already, of {max_tokens}", "max_tokens")
         stop_token_ids = frozenset(sampling.stop_token_ids)
         if not sampling.ignore_eos:
             stop_token_ids |= frozenset(self.info.eos_token_ids)
@@ -118,7 +124,7 @@ class Engine:
             token_ids=list(prompt_token_ids),
             num_prompt_tokens=num_prompt_tokens,
             sampling=sampling,
-            max_tokens=room if sampling.max_tokens is None else min(sampling.max_tokens, room),
+            max_tokens=max_tokens,
             stop_token_ids=stop_token_ids,
             root_hash=root_hash(self.info.fingerprint, cache_salt=cache_salt),
             block_size=self.info.block_size,
@@ -141,6 +147,13 @@ class Engine:
 
     def release(self, request_id: str) -> None:
         self.scheduler.release(request_id)
+
+    def pin(self, names: Iterable[BlockHash]) -> dict[BlockHash, int]:
+        """Keep the blocks that are here under these names from being reused, until unpin(): name → block id."""
+        return self.scheduler.pin(names)
+
+    def unpin(self, block_ids: Iterable[int]) -> None:
+        self.scheduler.unpin(block_ids)
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -177,7 +190,7 @@ class Engine:
         return StepResult(
             load=self.load(),
             reserved=[
-                Reserved(r.request_id, r.block_ids[: r.num_prompt_tokens // r.block_size], r.num_computed_tokens)
+                Reserved(r.request_id, r.block_ids[: r.num_tokens // r.block_size], r.num_computed_tokens)
                 for r in output.reserved
             ],
             admitted=[request.request_id for request in output.admitted],

@@ -7,8 +7,9 @@ import contextlib
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from relevo.core.block_hash import BlockHash
 from relevo.core.request import Request
 from relevo.engine.engine import Engine
 from relevo.engine.step_result import StepResult
@@ -66,6 +67,20 @@ class EngineThread:
     def release(self, request_id: str) -> None:
         self._commands.put(lambda engine: engine.release(request_id))
 
+    async def pin(self, names: Sequence[BlockHash]) -> dict[BlockHash, int]:
+        """See Engine.pin; the blocks are held when this returns. Cancelled: then they are unpinned."""
+        assert self._loop is not None
+        pinned: asyncio.Future[dict[BlockHash, int]] = self._loop.create_future()
+        self._commands.put(lambda engine: self._tell(_settle, pinned, engine.pin(names)))
+        try:
+            return await asyncio.shield(pinned)
+        except asyncio.CancelledError:
+            pinned.add_done_callback(lambda done: self.unpin(list(done.result().values())))
+            raise
+
+    def unpin(self, block_ids: Sequence[int]) -> None:
+        self._commands.put(lambda engine: engine.unpin(block_ids))
+
     def call(self, command: Command) -> None:
         """Run this between two steps; for audits."""
         self._commands.put(command)
@@ -116,3 +131,7 @@ class EngineThread:
         else:
             self._ended.set_exception(error)
             self._ended.exception()  # retrieved, even if nobody waits
+
+
+def _settle(future: asyncio.Future[dict[BlockHash, int]], found: dict[BlockHash, int]) -> None:
+    future.set_result(found)

@@ -34,6 +34,10 @@ class KVCache:
             ) from error
         self.layers: list[tuple[Tensor, Tensor]] = layout.views(self.storage)
 
+    def host_view(self, block_id: int) -> NDArray[Any] | None:
+        """A block's own bytes, writable, where the host can reach them: [block_bytes] uint8. None: it cannot."""
+        return self.storage[block_id].numpy() if self.storage.device.type == "cpu" else None
+
     def read_block(self, block_id: int, into: NDArray[Any] | memoryview) -> None:
         """Copy a held block out. into: [block_bytes] uint8, writable. Any thread; the GIL is released for the copy."""
         _as_tensor(into).copy_(self.storage[block_id])
@@ -41,11 +45,6 @@ class KVCache:
     def write_block(self, block_id: int, source: NDArray[Any] | memoryview) -> None:
         """Copy a block in, into a place reserved for it. source: [block_bytes] uint8. Any thread, like read_block."""
         self.storage[block_id].copy_(_as_tensor(source))
-
-    def checksum_view(self, block_id: int) -> NDArray[Any]:
-        """A block's bytes, for a checksum: on the CPU a view, elsewhere a copy. [block_bytes] uint8."""
-        view: NDArray[Any] = self.storage[block_id].cpu().numpy()
-        return view
 
 
 def _as_tensor(buffer: NDArray[Any] | memoryview) -> Tensor:

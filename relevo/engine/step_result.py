@@ -11,7 +11,7 @@ from relevo.engine.sampler import TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class Reserved:
-    """An await_kv request has its blocks. block_ids: of the prompt's full blocks; the first are filled already."""
+    """An await_kv request has its blocks. block_ids: of its full blocks; the first are filled already."""
 
     request_id: str
     block_ids: list[int]

@@ -1,15 +1,16 @@
-"""What a split request waits for before it can step: its prompt's KV, and the token that prefill sampled."""
+"""What a request waits for before it can step: KV from elsewhere, and, if split, the token that prefill sampled."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from dataclasses import dataclass
 
 from relevo.core.errors import DeadlineExceeded
 from relevo.core.request import Request
 from relevo.engine.step_result import Reserved
-from services.worker.receiving import BlockReceiver
+from services.worker.receiving import BlockReceiver, Receiving
 from services.worker.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,9 @@ class Intake:
         self._source_address: asyncio.Future[str | None] = loop.create_future()  # None: nothing will come
         self._first_token: asyncio.Future[int | None] = loop.create_future()  # None: sampled here
         self._is_local = False
+        self._receiving: Receiving | None = None
+        self._num_before_first_token = 0  # blocks
+        self._first_token_at: float | None = None
         self._fetching: asyncio.Timeout | None = None
 
     def fetch_kv(self, source_agent_address: str) -> None:
@@ -41,9 +45,16 @@ class Intake:
 
     def first_token(self, token_id: int) -> None:
         """Prefill has computed everything: what is still to come is on its way, and that takes no minutes."""
+        if self._receiving is not None:
+            self._num_before_first_token = self._receiving.num_contiguous
+        self._first_token_at = time.monotonic()
         _settle(self._first_token, token_id)
         if self._fetching is not None:
             self._fetching.reschedule(self._transfer_deadline())
+
+    def sample_here(self) -> None:
+        """No first token comes: nobody else computes this prompt."""
+        _settle(self._first_token, None)
 
     def compute_locally(self) -> None:
         """Stop waiting, for the blocks and for the token: go on with what has arrived."""
@@ -66,19 +77,20 @@ class Intake:
         except TimeoutError:
             missing = "the first token" if self._source_address.done() else "word of where its KV is"
             raise DeadlineExceeded(f"{missing} did not come within {limit:g} s") from None
+        self._measure()
         return TakenIn(num_blocks * self._request.block_size, [] if first_token is None else [first_token])
 
     async def _receive(self, reserved: Reserved) -> int:
         """Fill the reserved blocks; the number of leading ones that are filled."""
         request = self._request
         num_cached_blocks = reserved.num_cached_tokens // request.block_size
-        names = request.block_hashes(request.num_prompt_tokens)
+        names = request.block_hashes(request.num_tokens)
         if num_cached_blocks == len(names):
             return num_cached_blocks
         source_address = await self._source_address
         if source_address is None or self._is_local:
             return num_cached_blocks
-        receiving = self._receiver.receive(
+        self._receiving = receiving = self._receiver.receive(
             names[num_cached_blocks:], reserved.block_ids[num_cached_blocks:], source_address
         )
         try:
@@ -89,6 +101,13 @@ class Intake:
         finally:
             self._fetching = None
         return num_cached_blocks + receiving.num_contiguous
+
+    def _measure(self) -> None:
+        """How much of the hand-over was hidden behind prefill's computing."""
+        if self._receiving is not None and self._first_token_at is not None and not self._is_local:
+            tail_seconds = max(0.0, self._receiving.last_arrival - self._first_token_at)
+            num_blocks = self._receiving.num_contiguous
+            self._worker.transfers.handed_over(num_blocks, self._num_before_first_token, tail_seconds)
 
     def _transfer_deadline(self) -> float | None:
         """In the loop's time; None while prefill computes: its queue may be long, and a writer that dies is noticed."""

@@ -36,6 +36,7 @@ class DecodeRequest:
     ) -> None:
         message = submit.request
         is_split = submit.HasField("ticket")
+        takes_in = is_split or (submit.HasField("fetch") and receiver is not None)
         if is_split and receiver is None:
             raise Mismatch("this decode worker has no KV agent (--kv-agent): it takes no split requests")
         self._worker = worker
@@ -46,9 +47,13 @@ class DecodeRequest:
             message.prompt_token_ids,
             sampling_from_pb(message.sampling),
             cache_salt=message.cache_salt,
-            await_kv=is_split,
+            await_kv=takes_in,
+            num_output_tokens=message.num_output_tokens,
         )
-        self._intake = Intake(worker, receiver, self._request) if is_split and receiver is not None else None
+        self._intake = Intake(worker, receiver, self._request) if takes_in and receiver is not None else None
+        if self._intake is not None and not is_split:
+            self._intake.fetch_kv(submit.fetch.source_agent_address)
+            self._intake.sample_here()
         self._task: asyncio.Task[None] | None = None
         self._num_taken_in_tokens = 0
         self._is_stopping = False
@@ -56,7 +61,7 @@ class DecodeRequest:
         worker.register(engine_id, self)
         self._deadline = Deadline(message.timeout_ms, self.cancel)
         worker.submit(self._request)
-        self._log("submitted as %s, %d tokens, split: %s", engine_id, self._request.num_prompt_tokens, is_split)
+        self._log("submitted as %s, %d tokens, split: %s", engine_id, len(message.prompt_token_ids), is_split)
 
     def command(self, command: DecodeCommand) -> None:
         kind = command.WhichOneof("command")
@@ -122,7 +127,9 @@ class DecodeRequest:
     def _end(self, ended: EndedRequest) -> None:
         self._deadline.stop()
         self._worker.unregister(self._request.request_id)
-        num_cached_tokens = max(ended.num_cached_tokens, self._num_taken_in_tokens)
+        num_cached_tokens = min(
+            self._request.num_prompt_tokens, max(ended.num_cached_tokens, self._num_taken_in_tokens)
+        )
         if self._error is None:
             self._reply.end(finished(ended.finish_reason, num_cached_tokens))
         else:

@@ -13,6 +13,7 @@ from services.kvtransfer.client import KvAgentClient
 from services.pb import decode_pb2_grpc
 from services.pb.decode_pb2 import DecodeCommand, DecodeUpdate, DecodeUpdates
 from services.pb.messages_pb2 import Ended, Load
+from services.worker.offering import Offering
 from services.worker.receiving import BlockReceiver
 from services.worker.session import Dialect, Reply, Session
 from services.worker.worker import Worker
@@ -20,6 +21,8 @@ from services.worker.worker import Worker
 
 def decode_registration(worker: Worker, agent: KvAgentClient | None) -> Registration:
     receiver = BlockReceiver(agent, worker) if agent is not None else None
+    if agent is not None and worker.settings.offer_share > 0:
+        worker.on_stored = Offering(agent, worker, worker.settings.offer_share).stored
     servicer = DecodeServicer(worker, receiver)
     return Registration(decode_pb2_grpc.add_DecodeServiceServicer_to_server, servicer, "relevo.v1.DecodeService")
 

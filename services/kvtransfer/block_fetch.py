@@ -46,6 +46,7 @@ class BlockFetch:
         self, call: FetchCall, mapping: ArenaMapping, peer: str, num_blocks: int, timeout_seconds: float
     ) -> None:
         self.mapping = mapping
+        self.link_bytes_per_second = 0.0  # of what comes from another agent, as the last link to it was; 0: from here
         self._call = call
         self._peer = f"kvtransfer agent {peer}"
         self._num_outstanding = num_blocks
@@ -100,6 +101,7 @@ class BlockFetch:
             raise Unavailable(f"{self._peer} does not answer") from None
         if not isinstance(reply, kvtransfer_pb2.FetchReply):
             raise Unavailable(f"{self._peer} ended the stream with {self._num_outstanding} blocks unanswered")
+        self.link_bytes_per_second = reply.link_bytes_per_second or self.link_bytes_per_second
         return FetchBatch(
             [ArrivedBlock(block.index, block.slot, block.checksum) for block in reply.blocks],
             [MissingBlock(block.index, block.code) for block in reply.missing],

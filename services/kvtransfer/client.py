@@ -82,8 +82,19 @@ class KvAgentClient:
         return await self._attach(None)
 
     @asynccontextmanager
-    async def publish(self, hashes: Sequence[BlockHash], lease_ms: int = 30_000) -> AsyncIterator[Publication]:
+    async def publish(
+        self,
+        hashes: Sequence[BlockHash],
+        lease_ms: int = 30_000,
+        *,
+        source_agent_address: str = "",
+        num_blocks_at_source: int = 0,
+        is_offer: bool = False,
+    ) -> AsyncIterator[Publication]:
         """Announce blocks and hold their slots. Leaving the block gives up what is not sealed.
+
+        source_agent_address: another agent, which has the first num_blocks_at_source of them: they come from there
+        is_offer: nobody waits for them: what has no room is not granted
 
         Raises Exhausted if there is no room, Unavailable, Mismatch.
         """
@@ -95,6 +106,9 @@ class KvAgentClient:
                 block_hashes=hashes,
                 lease_ms=lease_ms,
                 agent_incarnation=mapping.incarnation,
+                source_agent_address=source_agent_address,
+                num_blocks_at_source=num_blocks_at_source,
+                is_offer=is_offer,
             )
             with cancelling(self._stub.Publish()) as call:
                 publication = Publication(call, mapping, self.address)

@@ -57,6 +57,7 @@ class FetchSession:
         self._context = context
         self._links = links
         self._pin_seconds = pin_seconds
+        self._source = ""
         self._first = True
         self._requests_ended = False
         self._error: RelevoError | None = None
@@ -64,6 +65,7 @@ class FetchSession:
     async def run(self, opened: kvtransfer_pb2.OpenFetch, source_agent_address: str) -> None:
         """source_agent_address: "" for this agent itself."""
         timeout_seconds = opened.timeout_ms / 1000
+        self._source = source_agent_address
         names = list(opened.block_hashes)
         work: list[Coroutine[Any, Any, None]] = [self._read_requests()]
         lease_id: int | None = None
@@ -141,6 +143,8 @@ class FetchSession:
                 blocks=[kvtransfer_pb2.BlockRef(index=ref.index, slot=ref.slot, checksum=ref.checksum) for ref in refs],
                 missing=[kvtransfer_pb2.MissingBlock(index=block.index, code=block.code) for block in missing],
             )
+            if self._source:
+                reply.link_bytes_per_second = self._links.bytes_per_second(self._source)
             if self._first:
                 self._first = False
                 reply.pull_token = self._reader.token

@@ -66,8 +66,8 @@ class Links:
         idle_seconds: float = _IDLE_SECONDS,
     ) -> None:
         self.counters = LinkCounters()
+        self.address = address
         self._pullers = pullers
-        self._address = address
         self._incarnation = incarnation
         self.floor = floor_bytes_per_second
         self._security = security
@@ -85,6 +85,11 @@ class Links:
     @property
     def open_links(self) -> list[Link]:
         return [slot.link for slot in list(self._slots.values()) if slot.link is not None]
+
+    def bytes_per_second(self, address: str) -> float:
+        """Measured when the link was opened; 0 if there is none."""
+        slot = self._slots.get(address)
+        return slot.link.figures.bytes_per_second if slot is not None and slot.link is not None else 0.0
 
     @asynccontextmanager
     async def to(self, address: str) -> AsyncIterator[Link]:
@@ -154,7 +159,7 @@ class Links:
         stack.push_async_callback(channel.close)
         call: LinkCall = kvlink_pb2_grpc.KvLinkStub(channel).Open()
         stack.callback(call.cancel)
-        hello = kvlink_pb2.LinkHello(agent_address=self._address, incarnation=self._incarnation)
+        hello = kvlink_pb2.LinkHello(agent_address=self.address, incarnation=self._incarnation)
         welcome = await _exchange(call, hello, peer)
         link = await self._choose(address, channel, welcome, stack)
         chosen = kvlink_pb2.LinkChosen(

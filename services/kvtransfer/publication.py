@@ -29,7 +29,7 @@ class Publication:
         self.mapping = mapping
         self.granted: dict[int, int] = {}  # index → slot
         self.sealed: set[int] = set()  # indices: sealed before, or by us
-        self.present: set[int] = set()  # indices: sealed before, or on their way from a tier below: a fetch gets them
+        self.present: set[int] = set()  # indices: sealed before, or on their way here: a fetch gets them
         self._call = call
         self._peer = f"kvtransfer agent {peer}"
         self._sealing = asyncio.Lock()

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from relevo.core.block_hash import HASH_BYTES
-from relevo.core.errors import DeadlineExceeded, InvalidRequest
+from relevo.core.block_hash import HASH_BYTES, BlockHash
+from relevo.core.errors import DeadlineExceeded, Exhausted, InvalidRequest
+from services.kvtransfer.links import Links
+from services.kvtransfer.pull import pull_blocks
 from services.kvtransfer.store import Store
 from services.kvtransfer.tiers.cascade import Tiers
 from services.pb import kvtransfer_pb2
@@ -18,13 +22,14 @@ from services.pb import kvtransfer_pb2
 logger = logging.getLogger(__name__)
 
 FIRST_MESSAGE_SECONDS = 10.0
+PULL_SECONDS = 30.0  # for what is announced here and lies at another agent
 _MAX_LEASE_MS = 3_600_000
 _ABORTED: int = grpc.StatusCode.ABORTED.value[0]
 
 PublishContext = grpc.aio.ServicerContext[kvtransfer_pb2.PublishRequest, kvtransfer_pb2.PublishReply]
 
 
-async def serve_publish(store: Store, tiers: Tiers, context: PublishContext) -> None:
+async def serve_publish(store: Store, tiers: Tiers, links: Links, context: PublishContext) -> None:
     """What it granted and the writer has not sealed is free again, and missed by those who wait, when this returns."""
     request = await read_within(context, FIRST_MESSAGE_SECONDS, "the first message")
     if request is None:
@@ -32,13 +37,27 @@ async def serve_publish(store: Store, tiers: Tiers, context: PublishContext) -> 
     announce = _validated(request)
     store.require_cut(announce.agent_incarnation)
     names = list(announce.block_hashes)
+    if announce.is_offer:
+        await _serve_writer(store, announce, names, (), context)
+        return
     store.count_hits(names)
     await tiers.load(names)
     store.require_cut(announce.agent_incarnation)  # that took a while
-    lease_id, announcement = store.announce(names)
+    async with _pulling(store, links, names[: announce.num_blocks_at_source], announce.source_agent_address) as pulled:
+        loading = [index for index, name in enumerate(names) if tiers.is_loading(name) or name in pulled]
+        await _serve_writer(store, announce, names, loading, context)
+
+
+async def _serve_writer(
+    store: Store,
+    announce: kvtransfer_pb2.Announce,
+    names: Sequence[BlockHash],
+    loading: Sequence[int],
+    context: PublishContext,
+) -> None:
+    lease_id, announcement = store.announce(names, partial=announce.is_offer)
     try:
         slots = [kvtransfer_pb2.GrantedSlot(index=index, slot=slot) for index, slot in announcement.granted.items()]
-        loading = [index for index, name in enumerate(names) if tiers.is_loading(name)]
         granted = kvtransfer_pb2.Granted(slots=slots, sealed=announcement.sealed, loading=loading)
         await context.write(kvtransfer_pb2.PublishReply(granted=granted))
         while request := await read_within(context, announce.lease_ms / 1000, "a message (lease_ms)"):
@@ -55,6 +74,31 @@ async def serve_publish(store: Store, tiers: Tiers, context: PublishContext) -> 
         num_given_up = store.end_lease(lease_id, _ABORTED)
         if num_given_up:
             logger.warning("%s gave up %d of its announced blocks", announce.worker_id, num_given_up)
+
+
+@asynccontextmanager
+async def _pulling(
+    store: Store, links: Links, names: Sequence[BlockHash], source_agent_address: str
+) -> AsyncIterator[set[BlockHash]]:
+    """Of these, what is not here is on its way from the source inside: gives their names. What can't be had is missing
+    for those who wait for it; without room nothing is pulled."""
+    wanted = [name for name in names if not store.table.is_here(name)]
+    if not wanted or source_agent_address in ("", links.address):
+        yield set()
+        return
+    try:
+        lease_id, announcement = store.announce(wanted)
+    except Exhausted:
+        yield set()
+        return
+    pull = pull_blocks(store, links, lease_id, announcement, wanted, source_agent_address, PULL_SECONDS)
+    task = asyncio.create_task(pull, name=f"pull from {source_agent_address}")
+    try:
+        yield set(wanted)
+    finally:
+        task.cancel()
+        await asyncio.wait((task,))
+        store.end_lease(lease_id, _ABORTED)  # if it was cancelled before it began
 
 
 async def read_within(context: grpc.aio.ServicerContext[Any, Any], seconds: float, what: str) -> Any:

@@ -77,7 +77,7 @@ class KvTransferServicer(kvtransfer_pb2_grpc.KvTransferServicer):
     async def Publish(self, request_iterator: Any, context: PublishContext) -> None:  # type: ignore[override]
         # grpc.aio allows handlers that read and write through the context: their `finally` runs at once when a call is
         # cancelled, a suspended generator's only when it is collected.
-        await serve_publish(self._store, self._tiers, context)
+        await serve_publish(self._store, self._tiers, self._links, context)
 
     async def Fetch(self, request_iterator: Any, context: FetchContext) -> None:  # type: ignore[override]
         opened = await read_open_fetch(context)

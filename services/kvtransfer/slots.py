@@ -20,7 +20,7 @@ from relevo.core.errors import Exhausted, InvalidRequest
 
 @dataclass(frozen=True, slots=True)
 class Announcement:
-    """The answer to a writer. Announced blocks in neither are being written by somebody else."""
+    """The answer to a writer. Announced blocks in neither are being written by somebody else, or had no room."""
 
     granted: dict[int, int]  # index → slot
     sealed: tuple[int, ...]  # indices
@@ -98,14 +98,19 @@ class SlotTable:
 
     # --- writers ---
 
-    def announce(self, names: Sequence[BlockHash]) -> tuple[int, Announcement]:
-        """A new lease with a slot for every name that is not here. All or nothing: Exhausted if they do not fit."""
+    def announce(self, names: Sequence[BlockHash], *, partial: bool = False) -> tuple[int, Announcement]:
+        """A new lease with a slot for every name that is not here. All or nothing: Exhausted if they do not fit.
+
+        partial: as many of them as fit, the first ones.
+        """
         if len(set(names)) != len(names):
             raise InvalidRequest("a block is announced twice: names must be distinct", "block_hashes")
         missing = [index for index, name in enumerate(names) if name not in self._blocks]
         sealed = [index for index, name in enumerate(names) if self.is_sealed(name)]
         num_obtainable = self.num_obtainable(names[index] for index in sealed)
-        if len(missing) > num_obtainable:
+        if partial:
+            missing = missing[: max(0, num_obtainable)]
+        elif len(missing) > num_obtainable:
             raise Exhausted(
                 f"{len(missing)} slots are needed, {num_obtainable} of {self.num_slots} can be had:"
                 " the others are being written or read"

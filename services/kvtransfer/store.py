@@ -93,8 +93,8 @@ class Store:
 
     # --- writers ---
 
-    def announce(self, names: Sequence[BlockHash]) -> tuple[int, Announcement]:
-        return self.table.announce(names)
+    def announce(self, names: Sequence[BlockHash], *, partial: bool = False) -> tuple[int, Announcement]:
+        return self.table.announce(names, partial=partial)
 
     def count_hits(self, names: Sequence[BlockHash]) -> None:
         """Somebody asks for these."""

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from services.pb import messages_pb2 as services_dot_pb_dot_messages__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19services/pb/prefill.proto\x12\trelevo.v1\x1a\x1aservices/pb/messages.proto\"\x83\x01\n\x0ePrefillCommand\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12*\n\x06submit\x18\x02 \x01(\x0b\x32\x18.relevo.v1.SubmitPrefillH\x00\x12*\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x18.relevo.v1.CancelPrefillH\x00\x42\t\n\x07\x63ommand\"\x7f\n\rSubmitPrefill\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.relevo.v1.GenerationRequest\x12!\n\x06ticket\x18\x02 \x01(\x0b\x32\x11.relevo.v1.Ticket\x12\x1c\n\x14source_agent_address\x18\x03 \x01(\t\"\x0f\n\rCancelPrefill\"Z\n\x0ePrefillUpdates\x12)\n\x07updates\x18\x01 \x03(\x0b\x32\x18.relevo.v1.PrefillUpdate\x12\x1d\n\x04load\x18\x02 \x01(\x0b\x32\x0f.relevo.v1.Load\"\xa1\x01\n\rPrefillUpdate\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12)\n\tannounced\x18\x02 \x01(\x0b\x32\x14.relevo.v1.AnnouncedH\x00\x12(\n\x0b\x66irst_token\x18\x03 \x01(\x0b\x32\x11.relevo.v1.TokensH\x00\x12!\n\x05\x65nded\x18\x04 \x01(\x0b\x32\x10.relevo.v1.EndedH\x00\x42\x08\n\x06update\"\"\n\tAnnounced\x12\x15\n\ragent_address\x18\x01 \x01(\t2U\n\x0ePrefillService\x12\x43\n\x07Prefill\x12\x19.relevo.v1.PrefillCommand\x1a\x19.relevo.v1.PrefillUpdates(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19services/pb/prefill.proto\x12\trelevo.v1\x1a\x1aservices/pb/messages.proto\"\x83\x01\n\x0ePrefillCommand\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12*\n\x06submit\x18\x02 \x01(\x0b\x32\x18.relevo.v1.SubmitPrefillH\x00\x12*\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x18.relevo.v1.CancelPrefillH\x00\x42\t\n\x07\x63ommand\"\x9d\x01\n\rSubmitPrefill\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.relevo.v1.GenerationRequest\x12!\n\x06ticket\x18\x02 \x01(\x0b\x32\x11.relevo.v1.Ticket\x12\x1c\n\x14source_agent_address\x18\x03 \x01(\t\x12\x1c\n\x14num_blocks_at_source\x18\x04 \x01(\r\"\x0f\n\rCancelPrefill\"Z\n\x0ePrefillUpdates\x12)\n\x07updates\x18\x01 \x03(\x0b\x32\x18.relevo.v1.PrefillUpdate\x12\x1d\n\x04load\x18\x02 \x01(\x0b\x32\x0f.relevo.v1.Load\"\xa1\x01\n\rPrefillUpdate\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12)\n\tannounced\x18\x02 \x01(\x0b\x32\x14.relevo.v1.AnnouncedH\x00\x12(\n\x0b\x66irst_token\x18\x03 \x01(\x0b\x32\x11.relevo.v1.TokensH\x00\x12!\n\x05\x65nded\x18\x04 \x01(\x0b\x32\x10.relevo.v1.EndedH\x00\x42\x08\n\x06update\"\"\n\tAnnounced\x12\x15\n\ragent_address\x18\x01 \x01(\t2U\n\x0ePrefillService\x12\x43\n\x07Prefill\x12\x19.relevo.v1.PrefillCommand\x1a\x19.relevo.v1.PrefillUpdates(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,16 +34,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PREFILLCOMMAND']._serialized_start=69
   _globals['_PREFILLCOMMAND']._serialized_end=200
-  _globals['_SUBMITPREFILL']._serialized_start=202
-  _globals['_SUBMITPREFILL']._serialized_end=329
-  _globals['_CANCELPREFILL']._serialized_start=331
-  _globals['_CANCELPREFILL']._serialized_end=346
-  _globals['_PREFILLUPDATES']._serialized_start=348
-  _globals['_PREFILLUPDATES']._serialized_end=438
-  _globals['_PREFILLUPDATE']._serialized_start=441
-  _globals['_PREFILLUPDATE']._serialized_end=602
-  _globals['_ANNOUNCED']._serialized_start=604
-  _globals['_ANNOUNCED']._serialized_end=638
-  _globals['_PREFILLSERVICE']._serialized_start=640
-  _globals['_PREFILLSERVICE']._serialized_end=725
+  _globals['_SUBMITPREFILL']._serialized_start=203
+  _globals['_SUBMITPREFILL']._serialized_end=360
+  _globals['_CANCELPREFILL']._serialized_start=362
+  _globals['_CANCELPREFILL']._serialized_end=377
+  _globals['_PREFILLUPDATES']._serialized_start=379
+  _globals['_PREFILLUPDATES']._serialized_end=469
+  _globals['_PREFILLUPDATE']._serialized_start=472
+  _globals['_PREFILLUPDATE']._serialized_end=633
+  _globals['_ANNOUNCED']._serialized_start=635
+  _globals['_ANNOUNCED']._serialized_end=669
+  _globals['_PREFILLSERVICE']._serialized_start=671
+  _globals['_PREFILLSERVICE']._serialized_end=756
 # @@protoc_insertion_point(module_scope)

@@ -55,10 +55,12 @@ class SubmitPrefill(_message.Message):
     REQUEST_FIELD_NUMBER: _builtins.int
     TICKET_FIELD_NUMBER: _builtins.int
     SOURCE_AGENT_ADDRESS_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_AT_SOURCE_FIELD_NUMBER: _builtins.int
     source_agent_address: _builtins.str
-    """Another agent than this worker's, which holds leading blocks of the prompt: they come from there, where they come, and
-    are computed where not. "": only what this worker and its own agent have is used.
+    """An agent, this worker's own or another, which holds this many leading blocks of the prompt: they come from there, and
+    those that do not come are computed.
     """
+    num_blocks_at_source: _builtins.int
     @_builtins.property
     def request(self) -> _messages_pb2.GenerationRequest: ...
     @_builtins.property
@@ -69,10 +71,11 @@ class SubmitPrefill(_message.Message):
         request: _messages_pb2.GenerationRequest | None = ...,
         ticket: _messages_pb2.Ticket | None = ...,
         source_agent_address: _builtins.str = ...,
+        num_blocks_at_source: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "source_agent_address", b"source_agent_address", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_blocks_at_source", b"num_blocks_at_source", "request", b"request", "source_agent_address", b"source_agent_address", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

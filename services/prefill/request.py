@@ -12,7 +12,7 @@ from relevo.engine.step_result import Computed, EndedRequest, NewTokens, Reserve
 from services.kvtransfer.client import KvAgentClient
 from services.pb.messages_pb2 import Ended
 from services.pb.prefill_pb2 import Announced, PrefillCommand, PrefillUpdate, SubmitPrefill
-from services.prefill.handover import Handover, open_handover
+from services.prefill.handover import Handover, HandoverPorts, Source, open_handover
 from services.worker.deadline import Deadline
 from services.worker.messages import failed, finished, first_error, sampling_from_pb, tokens_to_pb
 from services.worker.ports import Admitted, Event
@@ -41,18 +41,23 @@ class PrefillRequest:
     ) -> None:
         message = submit.request
         self._worker = worker
-        self._agent = agent
+        self._ports = HandoverPorts(
+            agent, worker.engine.kv_cache, worker.copier, worker.transfers, worker.settings.lease_seconds
+        )
+        self._source = Source(submit.source_agent_address, submit.num_blocks_at_source)
         self._receiver = receiver
         self._reply = reply
         self._name = message.request_id
         self._request = worker.engine.make_request(
             engine_id,
             message.prompt_token_ids,
-            sampling_from_pb(message.sampling, max_tokens=1),
+            sampling_from_pb(message.sampling, max_tokens=message.num_output_tokens + 1),
             cache_salt=message.cache_salt,
             hold_blocks=True,
+            num_output_tokens=message.num_output_tokens,
         )
-        self._num_blocks = self._request.num_prompt_tokens // self._request.block_size
+        self._num_tokens = len(message.prompt_token_ids)
+        self._num_blocks = self._num_tokens // self._request.block_size
         self._num_blocks_at_decode = submit.ticket.num_blocks_at_decode
         if self._num_blocks_at_decode > self._num_blocks:
             raise InvalidRequest(
@@ -72,7 +77,7 @@ class PrefillRequest:
         self._deadline = Deadline(message.timeout_ms, self.cancel)
         self._task = worker.spawn(self._run(), f"prefill {self._name}")
         self._task.add_done_callback(self._task_done)
-        self._log("accepted as %s, %d tokens", engine_id, self._request.num_prompt_tokens)
+        self._log("accepted as %s, %d tokens", engine_id, self._num_tokens)
 
     def command(self, command: PrefillCommand) -> None:
         if command.WhichOneof("command") == "cancel":
@@ -114,20 +119,24 @@ class PrefillRequest:
 
     async def _announce_and_compute(self) -> None:
         request = self._request
-        names = request.block_hashes(request.num_prompt_tokens)
-        kv_cache, copier = self._worker.engine.kv_cache, self._worker.copier
-        async with open_handover(self._agent, kv_cache, copier, names, self._num_blocks_at_decode) as handover:
-            announced = Announced(agent_address=handover.agent_address)
-            self._reply.send(PrefillUpdate(handle=self._reply.handle, announced=announced))
+        names = request.block_hashes(self._num_tokens)
+        async with open_handover(self._ports, names, self._num_blocks_at_decode, self._source) as handover:
+            if not handover.is_loading:
+                self._announced(handover)
             request.await_kv = handover.num_present_blocks > 0
             self._is_submitted = True
             self._worker.submit(request)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(handover.keep_alive())
                 if request.await_kv:
-                    await self._take_present(names[: handover.num_present_blocks])
+                    await self._take_present(names[: handover.num_present_blocks], handover)
                 await self._compute(handover)
                 handover.stop()
+
+    def _announced(self, handover: Handover) -> None:
+        """Decode fetches from now on: every block that it lacks is there, or ours or another writer's to seal."""
+        announced = Announced(agent_address=handover.agent_address)
+        self._reply.send(PrefillUpdate(handle=self._reply.handle, announced=announced))
 
     async def _compute(self, handover: Handover) -> None:
         """Hand over what each step has computed, until the engine is through and all of it is sealed."""
@@ -141,18 +150,22 @@ class PrefillRequest:
                 num_blocks = self._computed.num_computed_tokens // self._request.block_size
                 await handover.hand_over(num_blocks, self._computed.block_ids)
 
-    async def _take_present(self, names: list[BlockHash]) -> None:
-        """Blocks that the agent holds and our pool lacks come from there. Those that don't come are computed."""
+    async def _take_present(self, names: list[BlockHash], handover: Handover) -> None:
+        """Blocks that our pool lacks, and an agent holds, come from there. Those that don't come are computed."""
         request = self._request
         reserved = await self._reserved
         num_blocks = reserved.num_cached_tokens // request.block_size
         # The last token is left to compute: its row has the logits of the first token.
-        wanted = names[num_blocks : (request.num_prompt_tokens - 1) // request.block_size]
+        wanted = names[num_blocks : (self._num_tokens - 1) // request.block_size]
         if wanted:
-            receiving = self._receiver.receive(wanted, reserved.block_ids[num_blocks:], source_address="")
+            receiving = self._receiver.receive(wanted, reserved.block_ids[num_blocks:], self._source.agent_address)
             await receiving.run()
             num_blocks += receiving.num_contiguous
             self._log("%d blocks taken from the agent", receiving.num_contiguous)
+            if receiving.num_contiguous < len(wanted):
+                await handover.claim(num_blocks)
+        if handover.is_loading:
+            self._announced(handover)
         self._num_present_tokens = num_blocks * request.block_size
         self._worker.thread.resume(request.request_id, self._num_present_tokens, [])
 

@@ -36,6 +36,10 @@ class Job:
     time_left_ms: Callable[[], int]
     stop_token_ids: frozenset[int]
 
+    @property
+    def ends_with_next_token(self) -> bool:
+        return self.request.sampling.max_tokens == self.request.num_output_tokens + 1
+
 
 class Attempt(Protocol):
     """Turns what workers say into events, and tells them what comes next. Never waits: the inbox's reader does."""
@@ -51,7 +55,9 @@ class Attempt(Protocol):
 
 
 class DirectAttempt:
-    def __init__(self, job: Job, decode: WorkerConnection, work: PromptWork) -> None:
+    def __init__(self, job: Job, decode: WorkerConnection, work: PromptWork, source: str | None) -> None:
+        """source: the agent at which blocks lie that decode lacks; None: it computes them."""
+        self._source = source
         self._job = job
         self._decode = decode
         self._work = work
@@ -61,6 +67,8 @@ class DirectAttempt:
     def start(self) -> None:
         command = decode_pb2.DecodeCommand(submit=decode_pb2.SubmitDecode(request=self._job.request))
         command.submit.request.timeout_ms = self._job.time_left_ms()
+        if self._source is not None:
+            command.submit.fetch.source_agent_address = self._source
         self._call = self._decode.submit(command, self._job.inbox, self._work)
 
     def handle(self, call: WorkerCall, update: Update | RelevoError) -> Sequence[Event]:
@@ -70,6 +78,8 @@ class DirectAttempt:
         if update.HasField("accepted"):
             assert self._decode.info is not None
             self._num_cached_tokens = update.accepted.num_cached_blocks * self._decode.info.block_size
+        elif update.HasField("ended"):  # with what it took from an agent
+            self._num_cached_tokens = max(self._num_cached_tokens, update.ended.num_cached_tokens)
         return decode_events(update, self._num_cached_tokens)
 
     def cancel(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grpc.aio
 
@@ -17,6 +17,7 @@ from services.common.errors import relevo_errors
 from services.common.grpc import cancelling, make_channel
 from services.common.security import NO_SECURITY, Security
 from services.pb import messages_pb2, worker_pb2, worker_pb2_grpc
+from services.router.agents import AgentBlocks, Agents
 from services.router.block_watch import BlockWatch
 from services.router.request_stream import Command, RequestInbox, RequestStream, WorkerCall, WorkerKind
 
@@ -45,9 +46,11 @@ class WorkerConnection:
         address: str,
         kind: WorkerKind,
         index: PrefixIndex,
+        agents: Agents,
         *,
         security: Security = NO_SECURITY,
         silence_seconds: float = SILENCE_SECONDS,
+        on_connected: Callable[[], None] = lambda: None,
     ) -> None:
         self.address = address
         self.kind = kind
@@ -55,6 +58,8 @@ class WorkerConnection:
         self.complaint: str | None = None
         self.load = WorkerLoad(messages_pb2.Load())
         self._index = index
+        self._agents = agents
+        self._on_connected = on_connected
         self._security = security
         self._silence_seconds = silence_seconds
         self._stream: RequestStream | None = None
@@ -79,13 +84,17 @@ class WorkerConnection:
             raise Unavailable(f"{self.kind.name} worker {self.address} is not connected")
         return self._stream.submit(command, inbox, work)
 
-    def view(self, hashes: Sequence[BlockHash], num_cached_blocks: int, now: float) -> WorkerView:
+    def view(
+        self, hashes: Sequence[BlockHash], num_cached_blocks: int, at_agents: AgentBlocks, now: float
+    ) -> WorkerView:
         """For placement. Only of workers that were connected once.
 
         hashes: of the prompt's blocks, of which num_cached_blocks are in the worker's pool
         """
         assert self.info is not None
         report = self.load.report
+        agent_address = self.info.agent_address
+        remote_agent, num_remote_blocks = at_agents.best_but(agent_address) if agent_address else ("", 0)
         return WorkerView(
             address=self.address,
             fingerprint=self.info.layout_fingerprint,
@@ -101,6 +110,10 @@ class WorkerConnection:
             step_seconds_per_request=report.step_seconds_per_request,
             transfer_bytes_per_second=report.transfer_bytes_per_second,
             num_cached_blocks=max(num_cached_blocks, self.load.num_expected_blocks(hashes)),
+            agent_address=agent_address,
+            num_agent_blocks=at_agents.at(agent_address) if agent_address else 0,
+            remote_agent=remote_agent,
+            num_remote_blocks=num_remote_blocks,
         )
 
     async def run(self) -> None:
@@ -176,12 +189,15 @@ class WorkerConnection:
             watch = tasks.create_task(self._watch(channel, stream))
             self._stream = stream
             self._connected.set()
+            self._agents.attached(info.agent_address)
+            self._on_connected()
             logger.info("connected to %s worker %s at %s", self.kind.name, info.worker_id, self.address)
             try:
                 return await stream.run()
             finally:
                 self._stream = None
                 self._connected.clear()
+                self._agents.detached(info.agent_address)
                 watch.cancel()
 
     async def _watch(self, channel: grpc.aio.Channel, stream: RequestStream) -> None:

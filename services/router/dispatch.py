@@ -6,20 +6,21 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 
 from relevo.core.errors import Cancelled, DeadlineExceeded, Exhausted, InvalidRequest, RelevoError, Unavailable
-from relevo.core.placement import CostModel, Placement, WorkerView, place
+from relevo.core.placement import CostModel, Placement
+from relevo.core.request import FinishReason
 from relevo.core.worker_load import PromptWork
 from services.pb import messages_pb2
 from services.router.attempt import Attempt, DirectAttempt, Event, Job
-from services.router.connection import WorkerConnection
 from services.router.fleet import Fleet
 from services.router.generation import EndEvent, ServedModel, TokensEvent
 from services.router.inbox import Inbox
+from services.router.planner import Planner
 from services.router.prompt import Prompt
 from services.router.request_stream import DECODE, PREFILL, RequestInbox
 from services.router.route_log import Predictions, Route, RouteLog, RouteRecord
@@ -28,6 +29,7 @@ from services.router.split import SplitAttempt
 logger = logging.getLogger(__name__)
 
 DEFAULT_RETRY_AFTER_SECONDS = 1.0
+MIGRATION_SECONDS = 20.0  # how long a request that has begun waits for a worker to go on with: one may be starting anew
 
 
 class FleetDispatcher:
@@ -68,39 +70,11 @@ class FleetDispatcher:
         return [record.explain() for record in self._planner.log.find(request_id)]
 
 
-@dataclass(frozen=True, slots=True)
-class Planner:
-    """What placing takes, and what is learned from it."""
-
-    fleet: Fleet
-    costs: CostModel
-    log: RouteLog
-    predictions: Predictions
-
-    async def place(self, prompt: Prompt, num_tokens: int, without: Iterable[str], now: float) -> Placement | None:
-        """without: addresses of decode workers that have refused. now: on the event loop's clock."""
-        fleet = self.fleet
-        prefills = fleet.connected(PREFILL)
-        decodes = [worker for worker in fleet.connected(DECODE) if worker.address not in without]
-        await prompt.hash_for(worker.info for worker in [*prefills, *decodes] if worker.info is not None)
-        known: dict[int, dict[str, int]] = {}  # by the list of names: what the index says of it
-
-        def views(workers: list[WorkerConnection]) -> list[WorkerView]:
-            found = []
-            for worker in workers:
-                if not worker.is_connected or worker.info is None:
-                    continue  # lost while the prompt was hashed
-                hashes = prompt.hashes(worker.info)
-                if id(hashes) not in known:
-                    known[id(hashes)] = fleet.index.lookup(hashes)
-                found.append(worker.view(hashes, known[id(hashes)].get(worker.address, 0), now))
-            return found
-
-        return place(num_tokens, views(prefills), views(decodes), costs=self.costs, affinity=prompt.affinity)
-
-
 class RoutedGeneration:
     """A request on its way. It owns no task: workers' updates come into its inbox, and whoever iterates works them off.
+
+    A decode worker that is lost is replaced by another at any time: from the tokens that there are, the request goes on
+    there as if it had always been there, and finds what blocks of it an agent has.
 
     placement: why the workers are those they are; None before the start
     """
@@ -121,11 +95,15 @@ class RoutedGeneration:
         self._prompt = Prompt(request)
         self._inbox: RequestInbox = Inbox()
         self._attempt: Attempt | None = None
-        self._refusals: dict[str, RelevoError] = {}  # decode workers' addresses → why not there
+        self._incarnation = ""  # of the decode worker that it was placed on last
+        self._refusals: dict[str, RelevoError] = {}  # decode workers' incarnations → why not there
         self._events: deque[Event] = deque()  # bounded by what one take() gives
-        self._has_tokens = False  # some are in the events, or were: from then on no other worker can take over
+        self._output: list[int] = []  # all tokens so far: they are in the events, or were
+        self._num_cached_tokens: int | None = None  # of the prompt, as the first worker that gave tokens said
+        self._is_migrated = False
         self._failure: RelevoError | None = None  # to be raised after the events
         self._is_over = False
+        self._over = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._deadline = self._loop.time() + request.timeout_ms / 1000 if request.timeout_ms else None
         self._timer = self._loop.call_at(self._deadline, self._expire) if self._deadline is not None else None
@@ -168,29 +146,40 @@ class RoutedGeneration:
                 if self._is_over:
                     return
         except (Exhausted, Unavailable) as error:
-            if self._has_tokens:
-                raise
             self._refuse(error)
 
     async def _choose(self) -> Attempt:
         """The cheapest candidate that has not refused. Raises Exhausted or Unavailable if there is none."""
         self._check()
         num_tokens = len(self._request.prompt_token_ids)
-        placement = await self._planner.place(self._prompt, num_tokens, self._refusals, self._loop.time())
-        if self._is_over:  # the client left, or the time did, while the prompt was hashed
-            await self._inbox.take()
-        if placement is None:
-            raise self._nobody_left()
+        placement = await self._place()
         best = placement.best
         self._note_placement(placement)
         logger.debug("placed: %s", best, extra={"request_id": self._request.request_id})
         job = Job(self._request, self._inbox, self._time_left_ms, self._stop_token_ids)
         decode = self._fleet.worker(DECODE, best.decode)
         assert decode.info is not None
+        self._incarnation = decode.info.incarnation
         work = PromptWork(num_tokens, best.num_uncached_tokens, self._prompt.hashes(decode.info))
         if best.prefill is None:
-            return DirectAttempt(job, decode, work)
-        return SplitAttempt(job, decode, self._fleet.worker(PREFILL, best.prefill), work)
+            return DirectAttempt(job, decode, work, best.source)
+        source = (best.source, best.num_source_blocks) if best.source is not None else None
+        return SplitAttempt(job, decode, self._fleet.worker(PREFILL, best.prefill), work, source)
+
+    async def _place(self) -> Placement:
+        """Raises Exhausted or Unavailable if nobody is there; a request that has begun waits a while for somebody."""
+        num_tokens = len(self._request.prompt_token_ids)
+        patience = self._loop.time() + MIGRATION_SECONDS
+        while True:
+            news = self._fleet.news
+            placement = await self._planner.place(self._prompt, num_tokens, self._refusals, self._loop.time())
+            if self._is_over:  # the client left, or the time did, while the prompt was hashed
+                await self._inbox.take()
+            if placement is not None:
+                return placement
+            if not self._output or self._loop.time() >= patience:
+                raise self._nobody_left()
+            await _first_of(news, self._over, timeout_seconds=patience - self._loop.time())
 
     def _check(self) -> None:
         """The edge has looked already; what comes here wrong all the same must not reach a worker."""
@@ -205,18 +194,39 @@ class RoutedGeneration:
             )
 
     def _refuse(self, error: RelevoError) -> None:
-        """Not there; the next attempt goes elsewhere."""
+        """Not there, or no longer; the next attempt goes elsewhere, with the tokens that there are."""
         assert self._attempt is not None
         assert self.placement is not None
         address = self.placement.best.decode
-        logger.info(
-            "decode worker %s is out: %s", address, error.message, extra={"request_id": self._request.request_id}
+        level = logging.WARNING if self._output else logging.INFO
+        logger.log(
+            level,
+            "decode worker %s is out after %d tokens: %s",
+            address,
+            len(self._output),
+            error.message,
+            extra={"request_id": self._request.request_id},
         )
-        self._refusals[address] = error
+        self._refusals[self._incarnation] = error
         self.record.routes[-1].refused = error.message
         self._attempt.cancel()
         self._attempt = None
         self._inbox = Inbox()  # what the old attempt left in the old one is of no interest
+        if len(self._output) > self._request.num_output_tokens:
+            self._migrate()
+
+    def _migrate(self) -> None:
+        """The tokens that there are become part of what the next worker is given; it may be that none is missing."""
+        self._is_migrated = True
+        model = self._fleet.model()
+        num_tokens = self.record.num_prompt_tokens + len(self._output)
+        if self._output[-1] in self._stop_token_ids:
+            self._append(EndEvent(FinishReason.STOP))
+        elif len(self._output) >= self._request.sampling.max_tokens or (model and num_tokens >= model.max_model_len):
+            self._append(EndEvent(FinishReason.LENGTH))
+        else:
+            self._request = _continued(self._request, self._output[self._request.num_output_tokens :])
+            self._prompt = Prompt(self._request)
 
     def _nobody_left(self) -> RelevoError:
         full = [error for error in self._refusals.values() if isinstance(error, Exhausted)]
@@ -227,14 +237,18 @@ class RoutedGeneration:
         return Unavailable(f"no decode worker can serve this: {reasons or 'none is connected'}")
 
     def _append(self, event: Event) -> None:
+        if self._is_migrated:  # the prompt is not what this worker was given
+            event = replace(event, num_cached_tokens=self._num_cached_tokens or 0)
         if isinstance(event, EndEvent):
-            self._note_cached(event.num_cached_tokens)
+            if not self._is_migrated:
+                self._note_cached(event.num_cached_tokens)
             self._events.append(event)
             self._finish(None)
             return
-        if not self._has_tokens:
+        if not self._output:
             self._note_first_token()
-        self._has_tokens = True
+        self._output += event.token_ids
+        self._num_cached_tokens = event.num_cached_tokens
         last = self._events[-1] if self._events else None
         if isinstance(last, TokensEvent):  # the reader is behind: several steps become one event
             event = TokensEvent(
@@ -264,6 +278,7 @@ class RoutedGeneration:
     def _finish(self, failure: RelevoError | None) -> None:
         """Nothing more comes from workers; `failure` is raised after the events that are there already."""
         self._is_over = True
+        self._over.set()
         self._failure = failure
         if self._timer is not None:
             self._timer.cancel()
@@ -280,3 +295,22 @@ class RoutedGeneration:
         if self._deadline is None:
             return 0
         return max(1, round(1000 * (self._deadline - self._loop.time())))
+
+
+async def _first_of(*events: asyncio.Event, timeout_seconds: float) -> None:
+    """Until one of them is set, or the time is over."""
+    waiting = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waiting, timeout=timeout_seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in waiting:
+            task.cancel()
+
+
+def _continued(request: messages_pb2.GenerationRequest, token_ids: Sequence[int]) -> messages_pb2.GenerationRequest:
+    """The request as it goes on elsewhere after these tokens."""
+    continued = messages_pb2.GenerationRequest()
+    continued.CopyFrom(request)
+    continued.prompt_token_ids.extend(token_ids)
+    continued.num_output_tokens += len(token_ids)
+    return continued

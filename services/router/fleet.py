@@ -7,6 +7,7 @@ import asyncio
 from relevo.core.prefix_index import PrefixIndex
 from services.common.discovery import Discovery
 from services.common.security import NO_SECURITY, Security
+from services.router.agents import Agents
 from services.router.connection import SILENCE_SECONDS, WorkerConnection
 from services.router.generation import ServedModel
 from services.router.request_stream import DECODE, PREFILL, WorkerKind
@@ -20,6 +21,8 @@ class Fleet:
     ) -> None:
         """security: what the workers ask for, and what this router proves itself with."""
         self.index = PrefixIndex()
+        self.agents = Agents(self.index, security)
+        self.news = asyncio.Event()  # set when a worker is connected; replaced by a new one at the same time
         self._discovery = discovery
         self._security = security
         self._silence_seconds = silence_seconds
@@ -62,6 +65,7 @@ class Fleet:
     async def run(self) -> None:
         """Follows discovery and keeps the connections, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
+            self.agents.start(tasks)
             for kind in (PREFILL, DECODE):
                 tasks.create_task(self._follow(kind, tasks))
 
@@ -74,7 +78,17 @@ class Fleet:
                 del workers[address]
             for address in sorted(addresses - running.keys()):
                 workers[address] = WorkerConnection(
-                    address, kind, self.index, security=self._security, silence_seconds=self._silence_seconds
+                    address,
+                    kind,
+                    self.index,
+                    self.agents,
+                    security=self._security,
+                    silence_seconds=self._silence_seconds,
+                    on_connected=self._tell,
                 )
                 running[address] = tasks.create_task(workers[address].run(), name=f"{kind.name} {address}")
             self._discovered[kind.name].set()
+
+    def _tell(self) -> None:
+        self.news.set()
+        self.news = asyncio.Event()

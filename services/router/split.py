@@ -31,14 +31,22 @@ logger = logging.getLogger(__name__)
 class SplitAttempt:
     """See the module. The decode worker's failures are raised, the prefill worker's are got over."""
 
-    def __init__(self, job: Job, decode: WorkerConnection, prefill: WorkerConnection, work: PromptWork) -> None:
-        """work: the prefill worker's."""
+    def __init__(
+        self,
+        job: Job,
+        decode: WorkerConnection,
+        prefill: WorkerConnection,
+        work: PromptWork,
+        source: tuple[str, int] | None,
+    ) -> None:
+        """work: the prefill worker's. source: the agent from which it takes leading blocks, and how many; or None."""
         assert decode.info is not None
         assert prefill.info is not None
         self._job = job
         self._decode = decode
         self._prefill = prefill
         self._work = work
+        self._source = source
         self._block_size = decode.info.block_size
         self._ticket = messages_pb2.Ticket(
             prefill_worker_id=prefill.info.worker_id, decode_worker_id=decode.info.worker_id
@@ -110,6 +118,8 @@ class SplitAttempt:
             submit=prefill_pb2.SubmitPrefill(request=self._job.request, ticket=self._ticket)
         )
         command.submit.request.timeout_ms = self._job.time_left_ms()
+        if self._source is not None:
+            command.submit.source_agent_address, command.submit.num_blocks_at_source = self._source
         try:
             self._prefill_call = self._prefill.submit(command, self._job.inbox, self._work)
         except Unavailable as error:
@@ -140,7 +150,7 @@ class SplitAttempt:
             return self._go_on_without_prefill(Unavailable("it ended the request without a first token"))
         self._num_cached_tokens = end.num_cached_tokens
         # LENGTH means that more may follow, unless one token was all that was asked for.
-        if ended.finish_reason == messages_pb2.FINISH_REASON_STOP or self._job.request.sampling.max_tokens == 1:
+        if ended.finish_reason == messages_pb2.FINISH_REASON_STOP or self._job.ends_with_next_token:
             return (end,)
         return self._release_held()
 
@@ -157,7 +167,7 @@ class SplitAttempt:
             # Decode takes it that a token from elsewhere did not end the request: prefill would have said so.
             if self._first_token_id in self._job.stop_token_ids:
                 return (EndEvent(FinishReason.STOP, self._num_cached_tokens),)
-            if self._job.request.sampling.max_tokens == 1:
+            if self._job.ends_with_next_token:
                 return (EndEvent(FinishReason.LENGTH, self._num_cached_tokens),)
         self._compute_locally()
         return self._release_held()

@@ -33,6 +33,15 @@ class WorkerSettings(PeerSettings):
     )
     kv_agent: str = Field("", description="address of this host's KV transfer agent; empty: none, no split requests")
     attach_timeout_seconds: float = Field(30.0, gt=0, description="how long start-up waits for the KV agent")
+    lease_seconds: float = Field(
+        15.0, gt=0.03, le=3600, description="how long a worker that hangs keeps slots at the KV agent from others"
+    )
+    offer_share: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="of a decode worker's time, for offering the blocks that it computes to the KV agent; 0: none is",
+    )
     max_num_waiting: int = Field(512, ge=1, description="requests queued before new ones are refused")
     handover_timeout_seconds: float = Field(
         3600.0, gt=0, description="how long a split request may wait for the prefill worker, its queue included"

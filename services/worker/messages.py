@@ -23,7 +23,7 @@ _FINISH_REASONS = {
 
 
 def sampling_from_pb(message: pb.SamplingParams, *, max_tokens: int | None = None) -> SamplingParams:
-    """The sampling parameters; `max_tokens` overrides the message's (and bounds min_tokens with it).
+    """The sampling parameters; `max_tokens`, output before included, overrides the message's (and bounds min_tokens).
 
     Raises InvalidRequest naming the parameter.
     """
@@ -64,7 +64,7 @@ def first_error(group: BaseExceptionGroup[RelevoError]) -> RelevoError:
     return first_error(error) if isinstance(error, BaseExceptionGroup) else error
 
 
-def load_to_pb(load: EngineLoad) -> pb.Load:
+def load_to_pb(load: EngineLoad, transfer_bytes_per_second: float) -> pb.Load:
     return pb.Load(
         num_running=load.num_running,
         num_waiting=load.num_waiting,
@@ -73,6 +73,7 @@ def load_to_pb(load: EngineLoad) -> pb.Load:
         prefill_tokens_per_second=load.prefill_tokens_per_second,
         step_seconds=load.step_seconds,
         step_seconds_per_request=load.step_seconds_per_request,
+        transfer_bytes_per_second=transfer_bytes_per_second,
     )
 
 

@@ -36,3 +36,5 @@ class WorkerCollector(Collector):
         yield CounterMetricFamily(
             "relevo_worker_requests", "Requests taken on since the start", value=self._worker.num_registered
         )
+        for metric in self._worker.transfers.metrics:
+            yield from metric.collect()

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from relevo.core.block_hash import BlockHash
 from relevo.core.errors import RelevoError
 from relevo.core.request import Request
 from relevo.core.sampling_params import SamplingParams
@@ -18,9 +19,9 @@ from relevo.engine.step_result import Computed, EndedRequest, NewTokens, Reserve
 class KVCachePort(Protocol):
     """Blocks' bytes; any thread, for blocks that are held."""
 
+    def host_view(self, block_id: int) -> NDArray[Any] | None: ...
     def read_block(self, block_id: int, into: NDArray[Any] | memoryview) -> None: ...
     def write_block(self, block_id: int, source: NDArray[Any] | memoryview) -> None: ...
-    def checksum_view(self, block_id: int) -> NDArray[Any]: ...
 
 
 class EnginePort(Protocol):
@@ -37,6 +38,7 @@ class EnginePort(Protocol):
         cache_salt: str = "",
         await_kv: bool = False,
         hold_blocks: bool = False,
+        num_output_tokens: int = 0,
     ) -> Request: ...
 
 
@@ -50,6 +52,8 @@ class EngineThreadPort(Protocol):
     def resume(self, request_id: str, num_computed_tokens: int, token_ids: list[int]) -> None: ...
     def abort(self, request_id: str) -> None: ...
     def release(self, request_id: str) -> None: ...
+    async def pin(self, names: Sequence[BlockHash]) -> dict[BlockHash, int]: ...
+    def unpin(self, block_ids: Sequence[int]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import xxhash
-
 from relevo.core.block_hash import BlockHash
 from relevo.core.errors import RelevoError
 from services.kvtransfer.client import BlockFetch, KvAgentClient
-from services.worker.copying import BLOCKS_PER_COPY
+from services.worker.copying import BLOCKS_PER_COPY, copy_in
+from services.worker.transfers import Direction
 from services.worker.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ class BlockReceiver:
         self.agent = agent
         self.kv_cache = worker.engine.kv_cache
         self.copier = worker.copier
+        self.transfers = worker.transfers
         self.timeout_seconds = worker.settings.handover_timeout_seconds
 
     def receive(self, names: Sequence[BlockHash], block_ids: Sequence[int], source_address: str) -> Receiving:
@@ -53,6 +54,7 @@ class Receiving:
         self, receiver: BlockReceiver, names: Sequence[BlockHash], block_ids: Sequence[int], source_address: str
     ) -> None:
         self.num_contiguous = 0
+        self.last_arrival = time.monotonic()
         self._receiver = receiver
         self._names = names
         self._block_ids = block_ids
@@ -77,6 +79,7 @@ class Receiving:
                         await self._take(fetch, arrived[start : start + BLOCKS_PER_COPY])
                     if self.num_contiguous >= self._limit:
                         break
+                receiver.transfers.came_over_link(fetch.link_bytes_per_second)
         except RelevoError as error:
             self._limit = self.num_contiguous
             logger.warning("KV blocks did not come (%s): they are computed here", error.message)
@@ -92,16 +95,15 @@ class Receiving:
         self._arrived.update(block.index for block in useful)
         while self.num_contiguous < self._limit and self.num_contiguous in self._arrived:
             self.num_contiguous += 1
+        self.last_arrival = time.monotonic()
         good = [block.index for block in blocks if block.index not in corrupt]
         await fetch.release(good, corrupt=corrupt)
 
     def _copy(self, blocks: Sequence[Arrived]) -> list[int]:
         """In a thread. Returns the corrupt ones; what is checked is the copy that the engine will use."""
-        kv_cache = self._receiver.kv_cache
-        corrupt = []
-        for block in blocks:
-            block_id = self._block_ids[block.index]
-            kv_cache.write_block(block_id, block.slot)
-            if xxhash.xxh3_64_intdigest(kv_cache.checksum_view(block_id).data) != block.checksum:
-                corrupt.append(block.index)
-        return corrupt
+        started = time.monotonic()
+        slots = [block.slot for block in blocks]
+        block_ids = [self._block_ids[block.index] for block in blocks]
+        good = copy_in(self._receiver.kv_cache, block_ids, slots, [block.checksum for block in blocks])
+        self._receiver.transfers.copied(Direction.IN, slots, time.monotonic() - started)
+        return [block.index for block, is_good in zip(blocks, good, strict=True) if not is_good]

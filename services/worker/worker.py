@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import Any, Protocol
 
+from relevo.core.block_hash import BlockHash
 from relevo.core.errors import Exhausted, RelevoError, Unavailable
 from relevo.core.request import Request
 from relevo.engine.step_result import StepResult
@@ -18,6 +19,7 @@ from services.worker.config import WorkerSettings
 from services.worker.copying import Copier
 from services.worker.messages import load_to_pb
 from services.worker.ports import Admitted, EnginePort, EngineThreadPort, Event, Listener, MakeEngineThread
+from services.worker.transfers import Transfers
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,8 @@ class Worker:
     """Routes each step's results to the requests they belong to, and counts what is in progress.
 
     Belongs to one loop. run() must be running, start() called, before requests come.
+
+    on_stored: called with the names that a step has put into the pool
     """
 
     def __init__(self, settings: WorkerSettings, engine: EnginePort, make_thread: MakeEngineThread) -> None:
@@ -42,6 +46,8 @@ class Worker:
         self.engine = engine
         self.thread: EngineThreadPort = make_thread(engine, self._on_step)
         self.copier = Copier()
+        self.transfers = Transfers()
+        self.on_stored: Callable[[Sequence[BlockHash]], None] | None = None
         self.load = Load(num_free_blocks=engine.info.num_blocks)
         self.block_events = BlockEvents(lambda: self.load)
         self.num_registered = 0
@@ -141,9 +147,11 @@ class Worker:
     # --- Steps ----------------------------------------------------------------------------------------------------
 
     def _on_step(self, result: StepResult) -> None:
-        self.load = load_to_pb(result.load)
+        self.load = load_to_pb(result.load, self.transfers.bytes_per_second)
         if result.removed or result.stored:
             self.block_events.apply(result.removed, result.stored)
+        if result.stored and self.on_stored is not None:
+            self.on_stored(result.stored)
         for request_id in result.admitted:
             self._tell(Admitted(request_id))
         # In the order of a request's life: its last step computes, samples and ends.

@@ -74,6 +74,7 @@ def test_terms_are_the_designs() -> None:
     assert split.terms == pytest.approx(
         {
             "wait_ms": 50,
+            "fetch_ms": 0,
             "uncached_ms": 84,  # 1000 - 160 tokens
             "transfer_ms": 496,  # 58 blocks of 10 MB at 1 GB/s are 580 ms, 84 of them while prefill computes
             "handover_ms": 5,
@@ -86,6 +87,7 @@ def test_terms_are_the_designs() -> None:
     assert direct.terms == pytest.approx(
         {
             "wait_ms": 0,
+            "fetch_ms": 0,
             "uncached_ms": 93.6,  # 1000 - 64 tokens
             "transfer_ms": 0,
             "handover_ms": 0,

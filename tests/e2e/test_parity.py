@@ -49,6 +49,8 @@ class Stack:
 
 @asynccontextmanager
 async def running_stack(path: Path, tmp_path: Path, **settings: Any) -> AsyncIterator[Stack]:
+    """Decode offers nothing, unless told to: what is handed over is counted."""
+    settings = {"offer_share": 0.0, **settings}
     async with (
         running_agent(tmp_path, num_blocks=4000) as agent,
         real_worker(path, "prefill", agent, **settings) as prefill,
@@ -97,7 +99,12 @@ async def test_greedy_tokens_are_those_of_transformers(
     unsent = [len(prompt) - num_full(prompt) * BLOCK_SIZE for prompt in prompts()]
     # What is cached everywhere still has its last token computed, and so the block that it is in.
     warm = [len(prompt) - (len(prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE for prompt in prompts()]
-    settings = {"attention_backend": "cpu" if architecture in ON_NUMBA else "reference", "passes": passes}
+    # Decode offers nothing: what was handed over is counted here.
+    settings = {
+        "attention_backend": "cpu" if architecture in ON_NUMBA else "reference",
+        "passes": passes,
+        "offer_share": 0.0,
+    }
     async with AsyncExitStack() as stack:
         agents = [await stack.enter_async_context(running_agent(tmp_path, num_blocks=4000)) for _ in range(num_agents)]
         prefill = await stack.enter_async_context(real_worker(path, "prefill", agents[0], **settings))
@@ -283,7 +290,8 @@ async def test_prefill_worker_that_stops_after_its_first_tokens_changes_no_token
     """The clients have them, and no block was sealed: decode computes the prompts and goes on from the second token."""
     sampling = make_sampling(ignore_eos=True)
     num_split = sum(num_full(prompt) > 0 for prompt in prompts())
-    async with running_stack(tiny_models.path("llama"), tmp_path, attention_backend="cpu") as stack:
+    path = tiny_models.path("llama")
+    async with running_stack(path, tmp_path, attention_backend="cpu") as stack:
 
         async def never_copy(copy: object) -> None:
             await asyncio.Event().wait()

@@ -56,7 +56,7 @@ class FakeKVCache:
     def write_block(self, block_id: int, source: NDArray[Any] | memoryview) -> None:
         self.storage[block_id] = np.frombuffer(source, dtype=np.uint8)
 
-    def checksum_view(self, block_id: int) -> NDArray[Any]:
+    def host_view(self, block_id: int) -> NDArray[Any] | None:
         view: NDArray[Any] = self.storage[block_id]
         return view
 
@@ -101,15 +101,17 @@ class FakeEngine:
         cache_salt: str = "",
         await_kv: bool = False,
         hold_blocks: bool = False,
+        num_output_tokens: int = 0,
     ) -> Request:
-        room = self.info.max_model_len - len(prompt_token_ids)
-        if not prompt_token_ids or room < 1:
+        num_prompt_tokens = len(prompt_token_ids) - num_output_tokens
+        room = self.info.max_model_len - num_prompt_tokens
+        if not prompt_token_ids or room <= num_output_tokens:
             raise InvalidRequest(f"a prompt of {len(prompt_token_ids)} tokens does not fit", "prompt")
         assert sampling.max_tokens is not None
         return Request(
             request_id=request_id,
             token_ids=list(prompt_token_ids),
-            num_prompt_tokens=len(prompt_token_ids),
+            num_prompt_tokens=num_prompt_tokens,
             sampling=sampling,
             max_tokens=min(sampling.max_tokens, room),
             stop_token_ids=frozenset((*sampling.stop_token_ids, *self.info.eos_token_ids)),
@@ -137,7 +139,7 @@ class FakeEngine:
         return StepResult(
             load=self._load(),
             reserved=[
-                Reserved(r.request_id, r.block_ids[: r.num_prompt_tokens // r.block_size], r.num_computed_tokens)
+                Reserved(r.request_id, r.block_ids[: r.num_tokens // r.block_size], r.num_computed_tokens)
                 for r in output.reserved
             ],
             admitted=[request.request_id for request in output.admitted],
@@ -220,6 +222,12 @@ class FakeEngineThread:
 
     def release(self, request_id: str) -> None:
         self._command(lambda: self.engine.scheduler.release(request_id))
+
+    async def pin(self, names: Sequence[BlockHash]) -> dict[BlockHash, int]:
+        return self.engine.scheduler.pin(names)
+
+    def unpin(self, block_ids: Sequence[int]) -> None:
+        self._command(lambda: self.engine.scheduler.unpin(block_ids))
 
     def pause(self) -> None:
         self._is_paused = True

@@ -54,9 +54,9 @@ class RunningWorker:
             self.thread.step_once()
         if self.thread.error is not None:
             raise self.thread.error
-        self.engine.scheduler.check()
         pool = self.engine.scheduler.pool
-        assert pool.num_free_blocks == pool.num_blocks, "blocks are still held"
+        await until(lambda: pool.num_free_blocks == pool.num_blocks)  # what is being offered is let go of soon
+        self.engine.scheduler.check()
         assert not self.engine.scheduler._requests
 
 
@@ -130,7 +130,9 @@ async def running_decode(
     engine = engine or FakeEngine()
     async with (
         attached(agent, engine, "d") as client,
-        running_worker(engine, lambda worker: decode_registration(worker, client), **settings) as running,
+        running_worker(
+            engine, lambda worker: decode_registration(worker, client), **{"offer_share": 0.0, **settings}
+        ) as running,
     ):
         yield running
 
@@ -245,6 +247,15 @@ def generation(prompt: Sequence[int], max_tokens: int = 4, **fields: Any) -> mes
 def submit_decode(handle: int, prompt: Sequence[int], max_tokens: int = 4, **fields: Any) -> decode_pb2.DecodeCommand:
     submit = decode_pb2.SubmitDecode(request=generation(prompt, max_tokens, **fields))
     return decode_pb2.DecodeCommand(handle=handle, submit=submit)
+
+
+def submit_fetching(
+    handle: int, prompt: Sequence[int], source: str = "", max_tokens: int = 4, **fields: Any
+) -> decode_pb2.DecodeCommand:
+    """Direct, with blocks from the agent at source ("": decode's own)."""
+    command = submit_decode(handle, prompt, max_tokens, **fields)
+    command.submit.fetch.source_agent_address = source
+    return command
 
 
 def submit_split(handle: int, prompt: Sequence[int], max_tokens: int = 4, **fields: Any) -> decode_pb2.DecodeCommand:

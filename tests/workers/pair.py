@@ -17,13 +17,16 @@ class Pair:
     to_decode: RouterStream[decode_pb2.DecodeCommand]
     max_tokens: int = field(default=6, kw_only=True)
 
-    async def submit(self, handle: int, prompt: list[int], **fields: Any) -> str:
-        """Both submits; returns where the blocks are announced."""
+    async def submit(self, handle: int, prompt: list[int], source: tuple[str, int] | None = None, **fields: Any) -> str:
+        """Both submits; returns where the blocks are announced. source: the agent that prefill takes blocks from."""
         await self.to_decode.send(submit_split(handle, prompt, self.max_tokens, **fields))
         accepted = await self.to_decode.next(handle, "accepted")
-        await self.to_prefill.send(
-            submit_prefill(handle, prompt, self.max_tokens, num_blocks_at_decode=accepted.num_cached_blocks, **fields)
+        command = submit_prefill(
+            handle, prompt, self.max_tokens, num_blocks_at_decode=accepted.num_cached_blocks, **fields
         )
+        if source is not None:
+            command.submit.source_agent_address, command.submit.num_blocks_at_source = source
+        await self.to_prefill.send(command)
         announced = await self.to_prefill.next(handle, "announced")
         return str(announced.agent_address)
 
@@ -51,9 +54,11 @@ class Pair:
     async def cancel_prefill(self, handle: int = 1) -> None:
         await self.to_prefill.send(prefill_pb2.PrefillCommand(handle=handle, cancel=prefill_pb2.CancelPrefill()))
 
-    async def serve(self, handle: int, prompt: list[int]) -> list[int]:
+    async def serve(
+        self, handle: int, prompt: list[int], source: tuple[str, int] | None = None, **fields: Any
+    ) -> list[int]:
         """A whole request, as the router drives it; its tokens."""
-        await self.fetch(await self.submit(handle, prompt), handle)
+        await self.fetch(await self.submit(handle, prompt, source, **fields), handle)
         first = await self.relay_first_token(handle)
         _, prefilled = await self.to_prefill.rest(handle)
         if prefilled.finish_reason == messages_pb2.FINISH_REASON_STOP:

@@ -265,7 +265,7 @@ async def test_cancelled_prefill_lets_the_copy_end_first(pair: FakePair, monkeyp
     copying, go_on = threading.Event(), threading.Event()
     aborts: list[str] = []
     cache = pair.prefill.engine.kv_cache
-    real_view = cache.checksum_view
+    real_view = cache.host_view
 
     def slow_view(block_id: int) -> Any:
         copying.set()
@@ -278,7 +278,7 @@ async def test_cancelled_prefill_lets_the_copy_end_first(pair: FakePair, monkeyp
         real_abort(request_id)
 
     real_abort = pair.prefill.thread.abort
-    monkeypatch.setattr(cache, "checksum_view", slow_view)
+    monkeypatch.setattr(cache, "host_view", slow_view)
     monkeypatch.setattr(pair.prefill.thread, "abort", abort)
     pair.prefill.thread.pause()
     await pair.submit(1, PROMPT)

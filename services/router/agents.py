@@ -1,0 +1,121 @@
+"""The KV transfer agents of the fleet, and the blocks that they hold.
+
+Agents are found through the workers that are attached to them. One whose workers are all gone is followed on as long as
+it answers: what it holds can be fetched by others, and that is how a request moves off a worker that died.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+import grpc.aio
+
+from relevo.core.errors import RelevoError
+from relevo.core.prefix_index import PrefixIndex
+from services.common.errors import relevo_errors
+from services.common.grpc import cancelling, make_channel
+from services.common.security import NO_SECURITY, Security
+from services.pb import kvtransfer_pb2_grpc, worker_pb2
+from services.router.block_watch import BlockWatch
+
+logger = logging.getLogger(__name__)
+
+SILENCE_SECONDS = 15.0
+BACKOFF_SECONDS = 0.5
+_PREFIX = "agent "  # its name in the index, which has workers too, under their addresses
+
+
+class Agents:
+    """Follows agents into the index. Tasks belong to the group that start() gets."""
+
+    def __init__(self, index: PrefixIndex, security: Security = NO_SECURITY) -> None:
+        self._index = index
+        self._security = security
+        self._group: asyncio.TaskGroup | None = None
+        self._num_workers: dict[str, int] = {}  # by agent: connected ones, attached to it
+        self._following: set[str] = set()
+
+    def start(self, group: asyncio.TaskGroup) -> None:
+        self._group = group
+
+    def attached(self, agent_address: str) -> None:
+        """A worker with this agent was connected. "": it has none."""
+        if not agent_address or self._group is None:
+            return
+        self._num_workers[agent_address] = self._num_workers.get(agent_address, 0) + 1
+        if agent_address not in self._following:
+            self._following.add(agent_address)
+            self._group.create_task(self._follow(agent_address), name=f"blocks of agent {agent_address}")
+
+    def detached(self, agent_address: str) -> None:
+        """That worker was lost."""
+        if agent_address in self._num_workers:
+            self._num_workers[agent_address] -= 1
+            if not self._num_workers[agent_address]:
+                del self._num_workers[agent_address]
+
+    async def _follow(self, address: str) -> None:
+        """Until it is lost while no worker is attached to it."""
+        channel = make_channel(address, self._security)
+        complaint = ""
+        try:
+            while True:
+                try:
+                    await self._watch(channel, address)
+                except TimeoutError:
+                    complaint = _complain(address, f"it was silent for {SILENCE_SECONDS:g} s", complaint)
+                except RelevoError as error:
+                    complaint = _complain(address, error.message, complaint)
+                except asyncio.CancelledError:
+                    task = asyncio.current_task()
+                    if task is None or task.cancelling():
+                        raise
+                    # gRPC raises it also when it was the peer who ended the call with CANCELLED.
+                self._index.forget(_PREFIX + address)
+                if address not in self._num_workers:
+                    return
+                await asyncio.sleep(BACKOFF_SECONDS)
+        finally:
+            self._following.discard(address)
+            self._index.forget(_PREFIX + address)
+            with suppress(asyncio.CancelledError):
+                await channel.close()
+
+    async def _watch(self, channel: grpc.aio.Channel, address: str) -> None:
+        """One WatchBlocks call, to its end. Raises TimeoutError on silence, EventGap, or what ended the call."""
+        watch = BlockWatch(self._index, _PREFIX + address)
+        watching = kvtransfer_pb2_grpc.KvTransferStub(channel).WatchBlocks(worker_pb2.WatchBlocksRequest())
+        with relevo_errors(f"kvtransfer agent {address}"), cancelling(watching) as call:
+            while True:
+                async with asyncio.timeout(SILENCE_SECONDS):
+                    event = await call.read()
+                if not isinstance(event, worker_pb2.BlockEvents):
+                    return  # EOF
+                watch.apply(event)
+
+
+class AgentBlocks:
+    """What agents hold of one prompt, by a lookup in the index."""
+
+    def __init__(self, held: Mapping[str, int]) -> None:
+        self._held = held
+        agents = [(count, name[len(_PREFIX) :]) for name, count in held.items() if name.startswith(_PREFIX)]
+        self._most: Sequence[tuple[int, str]] = sorted(agents, reverse=True)[:2]
+
+    def at(self, agent_address: str) -> int:
+        """Leading blocks of the prompt at this agent."""
+        return self._held.get(_PREFIX + agent_address, 0)
+
+    def best_but(self, agent_address: str) -> tuple[str, int]:
+        """Of the others, that which holds the most, and how many; ("", 0): none holds any."""
+        return next(((address, count) for count, address in self._most if address != agent_address), ("", 0))
+
+
+def _complain(address: str, reason: str, before: str) -> str:
+    """Once, and not at every attempt."""
+    if reason != before:
+        logger.info("the blocks of kvtransfer agent %s are not known: %s", address, reason)
+    return reason
