@@ -65,7 +65,6 @@ async def pull_blocks(
         if code == _UNAVAILABLE and num_given_up:
             links.counters.count_failed("broken", num_given_up)
         if pull.num_bytes:
-            store.counters.pull_seconds += pull.seconds
             logger.debug(
                 "%d bytes from %s, %.2f GB/s", pull.num_bytes, source_agent_address, pull.num_bytes / pull.seconds / 1e9
             )
@@ -136,7 +135,6 @@ class _Pull:
             if outcome is Outcome.ARRIVED:
                 self._store.seal(lease_id, index, block.checksum)
                 self.num_bytes += arena.block_bytes
-                self._store.counters.pulled_bytes += arena.block_bytes
                 counters.count_block(link.puller.name, arena.block_bytes, time.monotonic() - start)
                 return
             counters.count_failed(outcome.value, 1)
