@@ -1,8 +1,9 @@
-"""The command line: relevo serve, relevo inspect, relevo bench."""
+"""The command line: relevo serve, relevo inspect; relevo bench, kv and chaos have files of their own."""
 
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
 import time
@@ -15,6 +16,7 @@ import yaml
 
 from relevo import __version__
 from relevo.bench.cli import app as bench_app
+from relevo.chaos import app as chaos_app
 from relevo.core.errors import RelevoError, StartupError
 from relevo.engine_options import EngineOptions, parse_size_option, takes_engine_options, worker_flags
 from relevo.kv import app as kv_app
@@ -24,6 +26,7 @@ from relevo.stack import Stack, StackConfig
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.add_typer(bench_app, name="bench")
 app.add_typer(kv_app, name="kv")
+app.add_typer(chaos_app, name="chaos")
 
 
 def main() -> None:
@@ -116,6 +119,13 @@ def serve(
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(help="of all processes")
     ] = "warning",
+    restart: Annotated[
+        bool, typer.Option(help="start a process that dies again; else it takes the others along")
+    ] = True,
+    chaos: Annotated[
+        bool,
+        typer.Option("--chaos", help="for tests: lets `relevo chaos` delay, drop and damage KV blocks"),
+    ] = False,
 ) -> None:
     """Serve MODEL on an OpenAI-compatible endpoint; starts all processes on this machine, Ctrl-C stops them."""
     started = time.monotonic()
@@ -140,12 +150,15 @@ def serve(
         log_level=log_level,
         drain_seconds=drain_seconds,
         take_turns=take_turns,
+        restart=restart,
+        chaos=chaos,
         worker_options=worker_flags(engine),
         router_options={
             "served-model-name": ",".join(served_model_name or []),
             "salt-by-api-key": salt_by_api_key,
         },
     )
+    _log_to_stderr(log_level)
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started this in the background, ignoring SIGINT
         signal.signal(number, _interrupt)
     with Stack(stack_config) as stack:
@@ -153,13 +166,11 @@ def serve(
             print(f"Starting {files.name} …", flush=True)
             stack.start()
             _print_started(stack, (served_model_name or [files.name])[0], time.monotonic() - started)
-            child = stack.wait()
+            reason = stack.supervise()
         except KeyboardInterrupt:
             print("\nStopping: running requests may finish …", flush=True)
             return
-    raise StartupError(
-        f"{child.name} (pid {child.pid}) ended with exit code {child.process.returncode}; stopped the rest"
-    )
+    raise StartupError(f"{reason}; stopped the rest")
 
 
 @app.command()
@@ -186,6 +197,18 @@ def inspect(
         print(found.as_json())
     else:
         print_inspection(found, Console())
+
+
+def _log_to_stderr(level: str) -> None:
+    """What the launcher says, in the children's format; other libraries' loggers stay as they are."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        logging.Formatter("%(asctime)s.%(msecs)03d %(levelname)-7s relevo-serve: %(message)s", "%Y-%m-%dT%H:%M:%S")
+    )
+    logger = logging.getLogger("relevo.stack")
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+    logger.setLevel(level.upper())
 
 
 def _refuse_options_of_the_split(context: typer.Context) -> None:

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import logging
 import os
 import selectors
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Self
 
+from relevo.child import DEATHS_SECONDS, MAX_DEATHS, Child, ChildSpec
 from relevo.core.errors import StartupError
+from relevo.stack_state import ChildState, StackState, process_id, remove_state, write_state
+
+logger = logging.getLogger(__name__)
 
 Topology = Literal["disaggregated", "aggregated"]
 
 WORKERS = ("prefill", "decode")
 STOP_MARGIN_SECONDS = 7.0  # beyond a child's own drain, before it is killed
+POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +34,8 @@ class StackConfig:
     router_options likewise.
 
     take_turns: several workers that compute on the CPU do so one at a time, each with all cores (docs/adr/0007)
+    restart: a child that dies is started again
+    chaos: the agent lets `relevo chaos` make it fail
     """
 
     model: str | None = None
@@ -44,18 +50,11 @@ class StackConfig:
     drain_seconds: float = 10.0
     start_seconds: float = 600.0
     take_turns: bool = True
+    restart: bool = True
+    chaos: bool = False
     agent_options: Mapping[str, str | bool] = field(default_factory=dict)
     worker_options: Mapping[str, str | bool] = field(default_factory=dict)
     router_options: Mapping[str, str | bool] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Child:
-    role: str
-    name: str
-    address: str
-    pid: int
-    process: subprocess.Popen[bytes]
 
 
 class Stack:
@@ -68,8 +67,8 @@ class Stack:
         self.config = config
         self.children: list[Child] = []  # in order of start; stopped in reverse
         self._lifeline_read, self._lifeline_write = os.pipe()
-        self._ready_fds: dict[int, Child] = {}
         self._turns_fd: int | None = None
+        self._has_state = False
 
     def __enter__(self) -> Self:
         return self
@@ -80,6 +79,8 @@ class Stack:
         try:
             self.stop()
         finally:
+            if self._has_state:
+                remove_state(self.config.port)
             os.close(self._lifeline_read)
             os.close(self._lifeline_write)
             if self._turns_fd is not None:
@@ -104,6 +105,8 @@ class Stack:
             self._turns_fd = os.memfd_create("turns", os.MFD_CLOEXEC)
         if split:
             agent_options = {"kv-arena": self.config.kv_arena, **self.config.agent_options}
+            if self.config.chaos:
+                agent_options["faults"] = True
             self._spawn("kvtransfer", "kvtransfer", ports["kvtransfer"], agent_options)
         for role, worker_names in (("prefill", prefill_names), ("decode", decode_names)):
             for name in worker_names:
@@ -122,59 +125,72 @@ class Stack:
             },
         )
         self._await_ready()
+        self._write_state()
 
-    def wait(self) -> Child:
-        """Until a child ends, which it should not; returns it."""
+    def supervise(self) -> str:
+        """Start again what dies, with the same flags and port. Returns why the stack cannot go on: a child that dies
+        again and again, or, with restarts off, the first that dies.
+        """
         while True:
+            before = [(child.pid, child.is_ready, child.restart_at) for child in self.children]
             for child in self.children:
-                if child.process.poll() is not None:
-                    return child
-            time.sleep(0.2)
+                if (reason := self._look_after(child)) is not None:
+                    return reason
+            if before != [(child.pid, child.is_ready, child.restart_at) for child in self.children]:
+                self._write_state()
+            time.sleep(POLL_SECONDS)
 
     def stop(self) -> None:
         """Router first: nothing new comes in; then the workers together; the agent last. Bounded; kills what hangs."""
         for roles in (("router",), WORKERS, ("kvtransfer",)):
             self._stop([child for child in self.children if child.role in roles])
+        for child in self.children:
+            child.close()
         self.children.clear()
-        for fd in self._ready_fds:
-            os.close(fd)
-        self._ready_fds.clear()
+
+    def _look_after(self, child: Child) -> str | None:
+        """Why this child is given up, or None."""
+        if child.restart_at is not None:
+            if time.monotonic() >= child.restart_at:
+                child.start_again()
+        elif child.has_died():
+            died = f"{child.name} (pid {child.pid}) died: {child.how_it_died}"
+            if not self.config.restart:
+                return died
+            delay = child.plan_restart()
+            if delay is None:
+                return f"{died}, for the {MAX_DEATHS + 1}th time within {DEATHS_SECONDS:g} s"
+            logger.warning("%s; it is started again in %g s", died, delay)
+        elif child.is_overdue(self.config.start_seconds):
+            logger.warning("%s is not ready after %g s: killed", child.name, self.config.start_seconds)
+            child.process.kill()
+        elif not child.is_ready:
+            with contextlib.suppress(StartupError):  # it has died, which the next look sees
+                if child.is_ready_now():
+                    logger.info("%s is back, as pid %d", child.name, child.pid)
+        return None
 
     def _spawn(self, role: str, name: str, port: int, options: Mapping[str, str | bool]) -> None:
-        ready_read, ready_write = os.pipe()
         flags: dict[str, str | bool] = {
             **options,
-            "port": str(port),
-            "ready-fd": str(ready_write),
             "lifeline-fd": str(self._lifeline_read),
             "drain-seconds": str(self.config.drain_seconds),
             "log-level": self.config.log_level,
         }
         if role != "kvtransfer" and self.config.model is not None:
             flags["model"] = self.config.model
-        inherited = [ready_write, self._lifeline_read]
+        inherited = [self._lifeline_read]
         if role in WORKERS and self._turns_fd is not None:
             flags["turn-file"] = f"/proc/self/fd/{self._turns_fd}"
             inherited.append(self._turns_fd)
-        command = [sys.executable, "-m", f"services.{role}"]
-        command += [_argument(flag, value) for flag, value in flags.items() if value != ""]
-        try:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                pass_fds=inherited,
-                # Out of the terminal's process group: Ctrl-C reaches the launcher alone, which stops them in order.
-                start_new_session=True,
-                env=self._environment(role),
+        environment = self._environment(role)
+        self.children.append(
+            Child(
+                ChildSpec(
+                    role=role, name=name, port=port, flags=flags, environment=environment, inherited_fds=inherited
+                )
             )
-        except BaseException:
-            os.close(ready_read)
-            raise
-        finally:
-            os.close(ready_write)
-        child = Child(role, name, f"127.0.0.1:{port}", process.pid, process)
-        self.children.append(child)
-        self._ready_fds[ready_read] = child
+        )
 
     def _environment(self, role: str) -> dict[str, str]:
         environment = dict(os.environ)
@@ -187,24 +203,41 @@ class Stack:
 
     def _await_ready(self) -> None:
         deadline = time.monotonic() + self.config.start_seconds
+        waiting = {child.ready_fd: child for child in self.children}
         with selectors.DefaultSelector() as selector:
-            for fd in self._ready_fds:
+            for fd in waiting:
                 selector.register(fd, selectors.EVENT_READ)
-            while self._ready_fds:
+            while waiting:
                 events = selector.select(timeout=max(0.0, deadline - time.monotonic()))
                 if not events:
-                    late = ", ".join(child.name for child in self._ready_fds.values())
+                    late = ", ".join(child.name for child in waiting.values())
                     raise StartupError(f"not ready after {self.config.start_seconds:.0f} s: {late}")
                 for key, _ in events:
                     selector.unregister(key.fd)
-                    _read_ready_line(key.fd, self._ready_fds[key.fd])
-                    del self._ready_fds[key.fd]
-                    os.close(key.fd)
+                    waiting.pop(key.fd).is_ready_now()
+
+    def _write_state(self) -> None:
+        """For `relevo chaos`."""
+        self._has_state = True
+        children = tuple(
+            ChildState(
+                child.role,
+                child.name,
+                child.address,
+                child.port,
+                child.is_ready,
+                process_id(child.pid) if child.restart_at is None else None,
+            )
+            for child in self.children
+        )
+        launcher = process_id(os.getpid())
+        write_state(StackState(self.config.port, self.endpoint, self.config.chaos, launcher, children))
 
     def _stop(self, children: Sequence[Child]) -> None:
         for child in children:
-            if child.process.poll() is None:
+            if not child.has_died():
                 child.process.send_signal(signal.SIGTERM)
+                child.process.send_signal(signal.SIGCONT)  # one that is stopped would not hear of it
         deadline = time.monotonic() + self.config.drain_seconds + STOP_MARGIN_SECONDS
         try:
             for child in children:
@@ -212,26 +245,9 @@ class Stack:
                     child.process.wait(timeout=max(0.0, deadline - time.monotonic()))
         finally:  # also when a second Ctrl-C arrives while waiting
             for child in children:
-                if child.process.poll() is None:
+                if not child.has_died():
                     child.process.kill()
                     child.process.wait()
-
-
-def _argument(flag: str, value: str | bool) -> str:
-    if isinstance(value, bool):
-        return f"--{flag}" if value else f"--no-{flag}"
-    return f"--{flag}={value}"
-
-
-def _read_ready_line(fd: int, child: Child) -> None:
-    """Raises StartupError if the pipe was closed without the line: the child could not start, and has said why."""
-    line = b""
-    while not line.endswith(b"\n") and (part := os.read(fd, 4096)):
-        line += part
-    if not line.endswith(b"\n"):
-        code = child.process.wait(timeout=30)
-        raise StartupError(f"{child.name} could not start (exit code {code}); its reason stands above")
-    json.loads(line)
 
 
 def _check_port(host: str, port: int) -> None:

@@ -1,4 +1,4 @@
-"""Copying a KV block and computing its checksum in one pass: the bytes that are stored are the bytes that were hashed.
+"""Copying a KV block and computing its checksum in one pass: each byte is read once, hashed as it was read, and stored.
 
 xxh3-64 (https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md, inputs of more than 240 bytes, seed 0), and
 stores that go past the caches where the target allows it: neither side's other data is thrown out of them, and no line
@@ -181,11 +181,15 @@ def _build(store: Any) -> Callable[..., Any]:
             store(target + offset, value)
             acc = _accumulate(acc, value, _load(secret + 8 * stripe))
             offset += _STRIPE_BYTES
-        # The last 64 bytes may overlap the stripe before them: each byte is copied once, and hashed as it was copied.
+        # The last 64 bytes may overlap the stripe before them, and others may write to source or target meanwhile: they
+        # are read once, to where nobody else writes, and hashed and stored from there.
+        last = num_bytes - _STRIPE_BYTES
+        value = _load(source + last)
+        _store(acc_address, value)
         for index in range(offset, num_bytes):
-            _copy_byte(target + index, source + index)
+            _copy_byte(target + index, acc_address + index - last)
         _fence(0)
-        acc = _accumulate(acc, _load(target + num_bytes - _STRIPE_BYTES), _load(secret + _LAST_SECRET))
+        acc = _accumulate(acc, value, _load(secret + _LAST_SECRET))
         _store(acc_address, acc)
 
     return cast("Callable[..., Any]", copy)
@@ -210,10 +214,13 @@ _copy_checked = kept_on_disk(numba.njit, _copy_each, nogil=True, error_model="nu
 
 
 def copy_checked(targets: Sequence[int], sources: Sequence[int], num_bytes: int) -> list[int]:
-    """Copy blocks of num_bytes (at least MIN_BYTES) from address to address; the xxh3-64 of exactly what was stored.
+    """Copy blocks of num_bytes (at least MIN_BYTES) from address to address; the xxh3-64 of what was stored.
 
-    Blocking; releases the GIL. The ranges must be mapped and must not overlap. Another may write to a source meanwhile:
-    then the checksum is still that of the copy.
+    Blocking; releases the GIL. The ranges must be mapped and must not overlap.
+
+    Others may write meanwhile, and no checksum ever vouches for what it was not made of. To a target (a writer whose
+    lease has ended): the checksum is the source's all the same. To a source (a slot that is no longer pinned): every
+    byte that was stored has been hashed, so that a checksum that is right means that all of them are.
     """
     assert num_bytes >= MIN_BYTES and len(targets) == len(sources)
     checksums = np.empty(len(targets), np.uint64)

@@ -102,14 +102,22 @@ class GrpcServer:
 
 
 def make_server(
-    registrations: Sequence[Registration], host: str, port: int, security: Security = NO_SECURITY
+    registrations: Sequence[Registration],
+    host: str,
+    port: int,
+    security: Security = NO_SECURITY,
+    *,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
 ) -> GrpcServer:
     """A server with health (service "" and each name) and reflection, bound to host:port (0: any that is free).
+
+    interceptors: more of them, inside those that translate errors and keep strangers out
 
     Raises StartupError if the port cannot be had. Must be called inside the event loop that will run it.
     """
     _check_free(host, port)
-    server = grpc.aio.server(interceptors=(ErrorInterceptor(), *security.interceptors()), options=_SERVER_OPTIONS)
+    everyone = (ErrorInterceptor(), *security.interceptors(), *interceptors)
+    server = grpc.aio.server(interceptors=everyone, options=_SERVER_OPTIONS)
     credentials = security.server_credentials()
     try:
         if credentials is None:

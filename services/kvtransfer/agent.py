@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from services.common.security import read_security
 from services.common.telemetry import make_registry, serve_metrics
 from services.kvtransfer.arena import Arena
 from services.kvtransfer.config import KvTransferSettings
+from services.kvtransfer.faults import FaultInterceptor, Faults, chaos_registration
 from services.kvtransfer.link_metrics import LinkCollector
 from services.kvtransfer.link_servicer import KvLinkServicer
 from services.kvtransfer.links import Links
@@ -28,6 +30,8 @@ from services.kvtransfer.transports.catalog import open_nixl, open_pullers, usab
 from services.kvtransfer.transports.tcp_server import TcpDataServer, listen
 from services.kvtransfer.transports.wire import client_tls, server_tls
 from services.pb import kvlink_pb2_grpc, kvtransfer_pb2_grpc
+
+logger = logging.getLogger(__name__)
 
 _ANY_HOST = ("0.0.0.0", "::", "")
 
@@ -75,7 +79,12 @@ async def start_agent(settings: KvTransferSettings, process: Process) -> Agent:
         process.stack.push_async_callback(nixl_server.close)
         servers.append(nixl_server)
 
-    server = make_server([], settings.host, settings.port, security)
+    faults = Faults() if settings.faults else None
+    interceptors = [FaultInterceptor(faults)] if faults is not None else []
+    server = make_server([], settings.host, settings.port, security, interceptors=interceptors)
+    if faults is not None:
+        logger.warning("--faults: whoever reaches this agent may make it fail, and damage its blocks")
+        server.register(chaos_registration(faults, store))
     address = format_address(host, server.port)
     links = Links(
         open_pullers(transports, arena, client_tls(data_tls), has_nixl=nixl_server is not None),

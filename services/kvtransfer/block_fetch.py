@@ -12,7 +12,7 @@ import grpc.aio
 from relevo.core.errors import DeadlineExceeded, Unavailable
 from services.common.errors import relevo_errors
 from services.kvtransfer.mapping import ArenaMapping
-from services.kvtransfer.publication import REPLY_SECONDS
+from services.kvtransfer.publication import REPLY_SECONDS, write_or_let_read_tell
 from services.pb import kvtransfer_pb2
 
 FetchCall = grpc.aio.StreamStreamCall[kvtransfer_pb2.FetchRequest, kvtransfer_pb2.FetchReply]
@@ -59,8 +59,8 @@ class BlockFetch:
         self._deadline = now + REPLY_SECONDS
         try:
             async with asyncio.timeout_at(self._deadline):
-                with relevo_errors(self._peer), suppress(asyncio.InvalidStateError):  # read() tells why
-                    await self._call.write(kvtransfer_pb2.FetchRequest(open=opened))
+                with relevo_errors(self._peer):
+                    await write_or_let_read_tell(self._call, kvtransfer_pb2.FetchRequest(open=opened), self._peer)
         except TimeoutError:
             raise Unavailable(f"{self._peer} does not answer") from None
         self._next = await self._read()  # answered at once, also when there is nothing to tell yet

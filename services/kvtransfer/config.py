@@ -58,3 +58,4 @@ class KvTransferSettings(PeerSettings, cli_prog_name="relevo-kvtransfer"):
     tier_retry_seconds: float = Field(
         30.0, gt=0, le=3600, description="how long a tier that has failed is left alone before it is tried again"
     )
+    faults: bool = Field(False, description="for tests: `relevo chaos` may delay, drop and damage what goes on here")

@@ -70,11 +70,15 @@ def map_arena(path: str, num_bytes: int) -> memoryview:
 
 
 def write_blocks(slots: Sequence[memoryview], sources: Sequence[BlockBytes]) -> list[int]:
-    """Copy blocks into their slots; returns the checksums to seal them with, of exactly the bytes that were stored.
+    """Copy blocks into their slots; returns the checksums to seal them with: the sources', whatever is in the slots.
+
+    A slot may have had another writer, whose lease has ended and who has not noticed (a process that was stopped): what
+    he still writes there must not get into our checksum, or readers would take it for our block.
 
     slots, sources: block_bytes each. Blocking, for a thread: releases the GIL. Nobody may change the sources meanwhile.
     """
-    return _copy([_bytes_of(slot) for slot in slots], [_bytes_of(source) for source in sources])
+    private = [_bytes_of(source) for source in sources]
+    return _copy([_bytes_of(slot) for slot in slots], private, private)
 
 
 def read_blocks(slots: Sequence[memoryview], into: Sequence[BlockBytes], checksums: Sequence[int]) -> list[bool]:
@@ -83,7 +87,8 @@ def read_blocks(slots: Sequence[memoryview], into: Sequence[BlockBytes], checksu
     slots, into: block_bytes each. Blocking, for a thread: releases the GIL. The copy is checked, not the slot, so that
     nobody can change what was checked.
     """
-    found = _copy([_bytes_of(block) for block in into], [_bytes_of(slot) for slot in slots])
+    private = [_bytes_of(block) for block in into]
+    found = _copy(private, [_bytes_of(slot) for slot in slots], private)
     return [checksum == right for checksum, right in zip(found, checksums, strict=True)]
 
 
@@ -125,17 +130,19 @@ def prepare(view: memoryview) -> None:
             return
 
 
-def _copy(targets: list[npt.NDArray[np.uint8]], sources: list[npt.NDArray[np.uint8]]) -> list[int]:
-    """The checksums of what was stored."""
+def _copy(
+    targets: list[npt.NDArray[np.uint8]], sources: list[npt.NDArray[np.uint8]], private: list[npt.NDArray[np.uint8]]
+) -> list[int]:
+    """The checksums. private: those of the two which nobody else can write to, and which are hashed for that."""
     sizes = {array.nbytes for array in (*targets, *sources)}
     if len(sizes) > 1:
         raise ValueError(f"blocks of one size are needed, not of {sorted(sizes)} bytes")
     if _checked_copy is not None and min(sizes, default=0) >= _MIN_CHECKED_BYTES:
         return _checked_copy([_address(each) for each in targets], [_address(each) for each in sources], sizes.pop())
     checksums = []
-    for target, source in zip(targets, sources, strict=True):
+    for target, source, hashed in zip(targets, sources, private, strict=True):
         np.copyto(target, source)
-        checksums.append(xxhash.xxh3_64_intdigest(target.data))
+        checksums.append(xxhash.xxh3_64_intdigest(hashed.data))
     return checksums
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import Any
 
+import grpc
 import grpc.aio
 
-from relevo.core.errors import Mismatch, Unavailable
+from relevo.core.errors import Unavailable
 from services.common.errors import relevo_errors
 from services.kvtransfer.mapping import ArenaMapping
 from services.pb import kvtransfer_pb2
@@ -47,8 +49,8 @@ class Publication:
     async def seal(self, blocks: Iterable[tuple[int, int]]) -> None:
         """(index, checksum) of blocks that are written: readers see them when this returns.
 
-        With no blocks it keeps the lease alive. Raises Unavailable if the agent is gone, DeadlineExceeded if the lease
-        had ended.
+        With no blocks it keeps the lease alive. Raises Unavailable if the agent is gone or has just ended the stream,
+        DeadlineExceeded if the lease had ended.
         """
         todo = list(blocks)
         async with self._sealing:
@@ -72,11 +74,24 @@ class Publication:
         try:
             async with asyncio.timeout(REPLY_SECONDS):
                 with relevo_errors(self._peer):
-                    with suppress(asyncio.InvalidStateError):  # the call has ended: read() tells why
-                        await self._call.write(request)
+                    await write_or_let_read_tell(self._call, request, self._peer)
                     reply = await self._call.read()
         except TimeoutError:
             raise Unavailable(f"{self._peer} does not answer") from None
         if not isinstance(reply, kvtransfer_pb2.PublishReply):
-            raise Mismatch(f"{self._peer} ended the stream without a reason")
+            raise Unavailable(f"{self._peer} ended the stream without a reason")
         return reply
+
+
+async def write_or_let_read_tell(call: grpc.aio.StreamStreamCall[Any, Any], message: Any, peer: str) -> None:
+    """Write to a stream; one that has ended is no error here: read() tells why it has.
+
+    Raises Unavailable if the peer ends it at this very moment: gRPC calls that INTERNAL, and read() would, too.
+    """
+    try:
+        with suppress(asyncio.InvalidStateError):
+            await call.write(message)
+    except grpc.aio.AioRpcError as error:
+        if error.code() is grpc.StatusCode.INTERNAL:
+            raise Unavailable(f"{peer} has ended the stream") from error
+        raise

@@ -238,6 +238,10 @@ class SlotTable:
         for name in reversed(self._evictable):
             yield Held(name, 0, False)
 
+    def sealed_slots(self) -> list[int]:
+        """Of the blocks that can be found."""
+        return [block.slot for block in self._blocks.values() if block.checksum is not None]
+
     @property
     def idle(self) -> bool:
         """Nobody writes or reads."""

@@ -347,12 +347,13 @@ def test_launcher_that_is_killed_takes_its_children_along() -> None:
     assert arena_files() <= before
 
 
-def test_dead_worker_stops_the_stack_and_names_it() -> None:
-    serve = Serve("--topology", "aggregated", *SMALL_WORKERS)
-    os.kill(serve.child("decode-0").pid, signal.SIGKILL)
+def test_without_restarts_a_dead_worker_stops_the_stack_and_is_named() -> None:
+    serve = Serve("--topology", "aggregated", "--no-restart", *SMALL_WORKERS)
+    pid = serve.child("decode-0").pid
+    os.kill(pid, signal.SIGKILL)
     _, error = serve.process.communicate(timeout=40)
     assert serve.process.returncode == 1
-    assert "decode-0" in error
+    assert f"relevo: error: decode-0 (pid {pid}) died: signal SIGKILL; stopped the rest" in error
     assert not [child for child in serve.children if is_alive(child.pid)]
 
 
