@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -16,13 +17,15 @@ from services.router.dispatch import FleetDispatcher
 from services.router.fleet import Fleet
 from services.router.request_stream import DECODE, PREFILL, WorkerKind
 from tests.faults.disturb import CHUNK_TOKENS
+from tests.faults.zygote import Forked, Zygote
 from tests.support.agents import TIMEOUT_SECONDS, until
 from tests.support.parity import NUM_TOKENS, prompts
 from tests.support.real_router import SPLIT_WHENEVER_POSSIBLE, Router
 from tests.support.tiny_models import EOS
 
 MODEL = "llama"
-NUM_SLOTS = 256
+PAGES_PER_BLOCK = 3  # of MODEL's
+NUM_PAGES = 85 * PAGES_PER_BLOCK
 PROMPT = prompts()[3]
 NUM_CHUNKS = 4
 assert -(-len(PROMPT) // CHUNK_TOKENS) == NUM_CHUNKS
@@ -88,6 +91,13 @@ async def router(decodes: Sequence[str], prefills: Sequence[str]) -> AsyncIterat
         run.cancel()
         with suppress(asyncio.CancelledError):
             await run
+
+
+async def start_agent(zygote: Zygote, arena_dir: Path, port: str = "0", num_pages: int = NUM_PAGES) -> Forked:
+    """An agent as a process. port: "0" for any."""
+    arena_bytes = num_pages * mmap.PAGESIZE
+    flags = (f"--port={port}", f"--arena-dir={arena_dir}", f"--kv-arena={arena_bytes}", "--log-level=error")
+    return await asyncio.to_thread(zygote.start, "kvtransfer", *flags)
 
 
 async def audit(agent_address: str) -> kvtransfer_pb2.AuditReply:

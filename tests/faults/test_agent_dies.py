@@ -12,13 +12,11 @@ from typing import Any
 
 import pytest
 
-from tests.faults.stack import GREEDY, NUM_SLOTS, PROMPT, SETTINGS, Clients, audit, router, until_sealed, until_unused
+from tests.faults.stack import GREEDY, PROMPT, SETTINGS, Clients, audit, router, start_agent, until_sealed, until_unused
 from tests.faults.zygote import Forked, Zygote
 from tests.support.agents import until
 from tests.support.parity import transformers_greedy
 from tests.support.real_workers import RealWorker, real_worker
-
-PAGE_BYTES = 4096
 
 
 @dataclass
@@ -38,11 +36,6 @@ class Whole:
         address = self.agent.address
         self.agent = await start_agent(self.zygote, self.arena_dir, self.agent.port)
         assert self.agent.address == address
-
-
-async def start_agent(zygote: Zygote, arena_dir: Path, port: str = "0") -> Forked:
-    flags = (f"--port={port}", f"--arena-dir={arena_dir}", f"--kv-arena={NUM_SLOTS * PAGE_BYTES}", "--log-level=error")
-    return await asyncio.to_thread(zygote.start, "kvtransfer", *flags)
 
 
 @pytest.fixture
@@ -104,7 +97,7 @@ async def assert_handed_over(whole: Whole, model: Path) -> None:
             answer = await whole.clients.generate(PROMPT, GREEDY, salt=f"{num_sealed}-{number}-{whole.agent.pid}")
             assert answer.token_ids == transformers_greedy(model)[3]
             if whole.decode.num_computed_tokens - before < len(PROMPT):
-                assert (await audit(whole.agent.address)).num_sealed == num_sealed + len(PROMPT) // 16
+                assert (await audit(whole.agent.address)).num_sealed >= num_sealed + len(PROMPT) // 16
                 return
             await asyncio.sleep(0.05)
     raise AssertionError("nothing is handed over any more")

@@ -16,7 +16,7 @@ import pytest
 from services.kvtransfer import mapping
 from services.kvtransfer.agent import Agent
 from services.router.request_stream import DECODE
-from tests.faults.stack import GREEDY, NUM_SLOTS, PROMPT, SETTINGS, Clients, flags, router
+from tests.faults.stack import GREEDY, NUM_PAGES, PROMPT, SETTINGS, Clients, flags, router
 from tests.faults.zygote import Forked, Zygote
 from tests.support.agents import is_unused, running_agent, until
 from tests.support.parity import transformers_greedy
@@ -44,7 +44,7 @@ async def whole(zygote: Zygote, model: Path, tmp_path: Path) -> AsyncIterator[Wh
     decodes: list[Forked] = []
     try:
         async with (
-            running_agent(tmp_path, num_blocks=NUM_SLOTS) as agent,
+            running_agent(tmp_path, num_blocks=NUM_PAGES) as agent,
             real_worker(model, "prefill", agent, **SETTINGS) as prefill,
         ):
             while len(decodes) < 2:
@@ -73,7 +73,6 @@ async def test_killed_before_the_first_token(whole: Whole, model: Path) -> None:
     assert answer.was_split
 
 
-@pytest.mark.xfail(strict=False, reason="a request that has tokens does not go on elsewhere yet")
 async def test_killed_after_the_first_token(whole: Whole, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client has it; the last block is not sealed yet."""
     with last_copy_held(monkeypatch) as let_go:

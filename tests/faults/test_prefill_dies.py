@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from services.kvtransfer.agent import Agent
 from tests.faults.disturb import Fault
-from tests.faults.stack import GREEDY, NUM_CHUNKS, NUM_SLOTS, PROMPT, SETTINGS, flags, router
+from tests.faults.stack import GREEDY, NUM_CHUNKS, NUM_PAGES, PROMPT, SETTINGS, flags, router
 from tests.faults.zygote import Zygote
 from tests.support.agents import is_unused, running_agent, until
 from tests.support.parity import NUM_TOKENS, transformers_greedy
@@ -41,7 +41,7 @@ class Side:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def side(model: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Side]:
     async with (
-        running_agent(tmp_path_factory.mktemp("arena"), num_blocks=NUM_SLOTS) as agent,
+        running_agent(tmp_path_factory.mktemp("arena"), num_blocks=NUM_PAGES) as agent,
         real_worker(model, "decode", agent, **SETTINGS) as decode,
     ):
         yield Side(agent, decode, model)
