@@ -10,6 +10,7 @@ from urllib.request import urlopen
 from prometheus_client import CollectorRegistry
 
 from services.common.telemetry import render_metrics
+from services.router.http.connection import ConnectionMetrics
 from services.router.http.metrics import EdgeMetrics
 from services.router.route_log import Predictions
 from services.worker.metrics import WorkerCollector
@@ -49,5 +50,6 @@ async def test_workers_figures() -> None:
 def test_routers_figures() -> None:
     registry = CollectorRegistry()
     EdgeMetrics(registry)
+    ConnectionMetrics(registry)
     Predictions(registry)
     assert exported(render_metrics(registry)[0]) == documented("Router")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from fastapi import APIRouter, FastAPI
 from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
@@ -24,6 +25,7 @@ from services.router.http.chat import ChatReply, create_chat_completion, render_
 from services.router.http.completions import CompletionReply, create_completion
 from services.router.http.errors import ErrorReply, JsonResponse, handle_http_exception, handle_relevo_error
 from services.router.http.exchange import Exchange, ExchangeLayer, handle_bug
+from services.router.http.limits import Limiter
 from services.router.http.metrics import EdgeMetrics
 from services.router.http.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from services.router.http.serving import EdgeConfig, Serving, check_prompt, run_long
@@ -65,8 +67,13 @@ def create_app(
     dispatcher: Dispatcher,
     *,
     registry: CollectorRegistry | None = None,
+    limiter: Limiter | None = None,
 ) -> ASGIApp:
-    """The ASGI app. registry: what /metrics shows; the app adds its own to it."""
+    """The ASGI app.
+
+    registry: what /metrics shows; the app adds its own to it
+    limiter: counts what API keys with limits do; None: in this process
+    """
     metrics = EdgeMetrics(CollectorRegistry() if registry is None else registry)
     serving = Serving(config, tokenizer, defaults, dispatcher, metrics)
     api = FastAPI(
@@ -83,7 +90,16 @@ def create_app(
     api.include_router(_openai_routes(serving))
     api.include_router(_text_routes(serving))
     api.include_router(_operator_routes(serving))
-    return ExchangeLayer(api, config.api_key, metrics, salt_by_api_key=config.salt_by_api_key)
+    app: ASGIApp = ExchangeLayer(api, config.keys, metrics, salt_by_api_key=config.salt_by_api_key, limiter=limiter)
+    if config.cors_origins:  # outside the layer that asks for keys: a browser asks first whether it may, without one
+        app = CORSMiddleware(
+            app,
+            allow_origins=config.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("x-request-id", "retry-after"),
+        )
+    return app
 
 
 def _openai_routes(serving: Serving) -> APIRouter:

@@ -19,6 +19,7 @@ from services.router.http.choice import Choice
 from services.router.http.errors import ContextLengthExceeded, ModelNotFound
 from services.router.http.exchange import Exchange
 from services.router.http.explain import AnswerIds
+from services.router.http.keys import KeyRing
 from services.router.http.metrics import EdgeMetrics
 from services.router.http.protocol import SamplingBody
 from services.router.http.sampling import TokenLimit, check_token_ids, choice_sampling, draw_seed, sampling_to_proto
@@ -35,14 +36,16 @@ _Result = TypeVar("_Result")
 class EdgeConfig:
     """served_model_names: the first is the model's own, all are answered to
 
-    api_key: None = open to everybody; several, separated by commas
+    keys: None = open to everybody
     salt_by_api_key: what one key's requests have cached, another's don't find
+    cors_origins: whose pages' scripts may use the server from a browser; ("*",) = anybody's
     """
 
     served_model_names: tuple[str, ...]
     version: str
-    api_key: str | None = None
+    keys: KeyRing | None = None
     salt_by_api_key: bool = False
+    cors_origins: tuple[str, ...] = ()
     max_body_bytes: int = 16 << 20
     max_choices: int = 1024  # of one request: prompts × n
 
