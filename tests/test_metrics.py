@@ -10,6 +10,7 @@ from urllib.request import urlopen
 from prometheus_client import CollectorRegistry
 
 from services.common.telemetry import render_metrics
+from services.router.admission import AdmissionMetrics
 from services.router.http.connection import ConnectionMetrics
 from services.router.http.metrics import EdgeMetrics
 from services.router.route_log import Predictions
@@ -51,5 +52,6 @@ def test_routers_figures() -> None:
     registry = CollectorRegistry()
     EdgeMetrics(registry)
     ConnectionMetrics(registry)
+    AdmissionMetrics(registry)
     Predictions(registry)
     assert exported(render_metrics(registry)[0]) == documented("Router")

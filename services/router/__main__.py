@@ -16,6 +16,7 @@ from services.common.grpc import make_server
 from services.common.lifecycle import Process, run_service
 from services.common.security import read_security
 from services.common.telemetry import make_registry, serve_metrics
+from services.router.admission import AdmissionLimits
 from services.router.config import RouterSettings
 from services.router.dispatch import FleetDispatcher
 from services.router.fleet import Fleet
@@ -49,6 +50,11 @@ async def serve(settings: RouterSettings, process: Process) -> None:
         salt_by_api_key=settings.salt_by_api_key,
         cors_origins=tuple(settings.cors_origin),
         max_body_bytes=settings.max_body_bytes,
+        admission=AdmissionLimits(
+            max_running=settings.max_running,
+            max_queued=settings.max_queued,
+            queue_seconds=settings.queue_seconds,
+        ),
     )
     dispatcher = FleetDispatcher(fleet, defaults.eos_token_ids, registry=registry)
     app = create_app(edge, tokenizer, defaults, dispatcher, registry=registry)

@@ -53,6 +53,11 @@ class RouterSettings(PeerSettings, cli_prog_name="relevo-router"):
     write_seconds: float = Field(
         30.0, gt=0, description="time that it has to take some 48 KiB of an answer that waits for it"
     )
+    max_running: int | None = Field(
+        None, ge=1, description="requests at the workers at once, others queue; not given: until workers refuse"
+    )
+    max_queued: int = Field(256, ge=0, description="requests in the router's queue; a 429 beyond them")
+    queue_seconds: float = Field(30.0, gt=0, description="longest wait there; a 429 then")
     keep_alive_seconds: float = Field(30.0, gt=0, description="how long a connection may wait for its next request")
 
     @field_validator("prefill", "decode")

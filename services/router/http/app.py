@@ -19,6 +19,7 @@ from relevo.core.errors import NotFound, RelevoError, Unavailable
 from relevo.model_files import GenerationDefaults
 from relevo.tokenizer import Tokenizer
 from services.common.telemetry import render_metrics
+from services.router.admission import Admission
 from services.router.generation import Dispatcher
 from services.router.http.body import body_route
 from services.router.http.chat import ChatReply, create_chat_completion, render_chat
@@ -75,7 +76,8 @@ def create_app(
     limiter: counts what API keys with limits do; None: in this process
     """
     metrics = EdgeMetrics(CollectorRegistry() if registry is None else registry)
-    serving = Serving(config, tokenizer, defaults, dispatcher, metrics)
+    admission = Admission(dispatcher, config.admission, metrics.registry)
+    serving = Serving(config, tokenizer, defaults, dispatcher, admission, metrics)
     api = FastAPI(
         title="Relevo",
         description="An OpenAI-compatible API. Parameters that are not listed are refused by name.",

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from relevo.core.errors import InvalidRequest, RelevoError, Unauthenticated
+from services.router.admission import Standing
 from services.router.http.errors import error_response, internal_error
 from services.router.http.keys import ApiKey, KeyRing
 from services.router.http.limits import Limiter, LocalLimiter, Permit
@@ -65,6 +66,18 @@ class Exchange:
             return 0
         left = self.timeout_ms - round((time.perf_counter() - self.arrived) * 1e3)
         return left or -1
+
+    def standing(self, priority: int) -> Standing:
+        """In the queue. Raises InvalidRequest if its key may not ask for so much."""
+        if self.client is None:
+            return Standing(priority=priority)
+        if priority < self.client.priority:
+            raise InvalidRequest(
+                f"priority {priority} is more urgent than the API key {self.client.name!r} may ask for:"
+                f" {self.client.priority} or more",
+                "priority",
+            )
+        return Standing(self.client.name, priority, self.client.weight)
 
 
 class ExchangeLayer:

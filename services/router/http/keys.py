@@ -1,7 +1,7 @@
 """API keys: who may use the server, under which name, and with which limits.
 
-A file has one key a line, `name:sha256` or `name:sha256:rps=5,burst=10,concurrency=8,weight=2`. The hash is of the key,
-so that who reads the file cannot use it; names are for logs and metrics, where a key never stands.
+A file has one key a line, `name:sha256` or `name:sha256:rps=5,burst=10,concurrency=8,weight=2,priority=-1`. The hash is
+of the key, so that who reads the file cannot use it; names are for logs and metrics, where a key never stands.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from relevo.core.errors import StartupError
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
-_LIMITS = ("rps", "burst", "concurrency", "weight")
+_LIMITS = ("rps", "burst", "concurrency", "weight", "priority")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,7 @@ class ApiKey:
     burst: requests at once, after a rest
     concurrency: requests at the same time; None = as many as it likes
     weight: its share of a full fleet, relative to the others'
+    priority: the most urgent, that is the lowest, that its requests may ask for
     """
 
     name: str
@@ -42,6 +43,7 @@ class ApiKey:
     burst: float = 1.0
     concurrency: int | None = None
     weight: float = 1.0
+    priority: int = 0
 
     @property
     def is_limited(self) -> bool:
@@ -122,6 +124,7 @@ def _parse(line: str) -> ApiKey:
         burst=max(1.0, numbers.get("burst", rps or 1.0)),
         concurrency=None if concurrency is None else max(1, int(concurrency)),
         weight=numbers.get("weight", 1.0),
+        priority=int(numbers.get("priority", 0)),
     )
 
 
@@ -133,6 +136,7 @@ def _parse_limit(text: str) -> tuple[str, float]:
         number = float(value)
     except ValueError:
         number = math.nan
-    if not 0 < number < math.inf:
-        raise ValueError(f"{name} must be a number above 0, not {value!r}")
+    if not (number.is_integer() if name == "priority" else 0 < number < math.inf):
+        kind = "an integer" if name == "priority" else "a number above 0"
+        raise ValueError(f"{name} must be {kind}, not {value!r}")
     return name, number

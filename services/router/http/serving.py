@@ -13,6 +13,7 @@ from relevo.detokenizer import Detokenizer
 from relevo.model_files import GenerationDefaults
 from relevo.tokenizer import Tokenizer
 from services.pb import messages_pb2
+from services.router.admission import Admission, AdmissionLimits
 from services.router.generation import Dispatcher, ServedModel
 from services.router.http.answer import Payloads
 from services.router.http.choice import Choice
@@ -47,6 +48,7 @@ class EdgeConfig:
     salt_by_api_key: bool = False
     cors_origins: tuple[str, ...] = ()
     max_body_bytes: int = 16 << 20
+    admission: AdmissionLimits = field(default_factory=AdmissionLimits)
     max_choices: int = 1024  # of one request: prompts × n
 
 
@@ -64,6 +66,7 @@ class Serving:
     tokenizer: Tokenizer | None
     defaults: GenerationDefaults
     dispatcher: Dispatcher
+    admission: Admission
     metrics: EdgeMetrics
     answer_ids: AnswerIds = field(default_factory=AnswerIds)
 
@@ -146,6 +149,7 @@ class Serving:
         stop_token_ids = frozenset(sampling.stop_token_ids)
         if not sampling.ignore_eos:
             stop_token_ids |= frozenset(self.defaults.eos_token_ids)
+        standing = exchange.standing(body.priority)
         planned: list[tuple[int, messages_pb2.GenerationRequest]] = []  # with its prompt's index
         for prompt_index, prompt in enumerate(prompts):
             check_prompt(prompt.token_ids, model, limit.prompt_param)
@@ -164,7 +168,7 @@ class Serving:
             Choice(
                 index,
                 prompt_index,
-                self.dispatcher.generate(request),
+                self.admission.generate(request, standing),
                 Detokenizer(
                     self.tokenizer,
                     prompts[prompt_index].token_ids,

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 
 from relevo.model_files import GenerationDefaults, generation_defaults, resolve_model
 from relevo.tokenizer import Tokenizer
+from services.router.admission import AdmissionLimits
 from services.router.http.app import EdgeConfig, create_app
 from services.router.http.connection import watch_connections
 from services.router.http.keys import KeyRing, plain_keys
@@ -24,6 +25,7 @@ from tests.router.http.fakes import FakeDispatcher
 
 NAME = "demo-model"
 MAX_BODY_BYTES = 1 << 20
+NO_QUEUE = AdmissionLimits(max_queued=0)  # what the fake fleet refuses is refused
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def make_served(
     keys: KeyRing | None = None,
     salt_by_api_key: bool = False,
     cors_origins: tuple[str, ...] = (),
+    admission: AdmissionLimits = NO_QUEUE,
 ) -> Served:
     """api_key: plain ones, or keys."""
     dispatcher = FakeDispatcher()
@@ -88,6 +91,7 @@ def make_served(
         keys=keys if api_key is None else KeyRing(plain_keys(api_key)),
         salt_by_api_key=salt_by_api_key,
         cors_origins=cors_origins,
+        admission=admission,
         max_body_bytes=MAX_BODY_BYTES,
     )
     app = create_app(config, tokenizer, defaults, dispatcher, registry=registry)
