@@ -34,10 +34,7 @@ _NUM_PROMPTS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class RouterBenchConfig:
-    """rates: tokens a second that workers give, over all streams; 0: as many as are taken.
-
-    cores: the router's, and that of all others
-    """
+    """rates: tokens a second that workers give, over all streams; 0: as many as are taken."""
 
     num_workers: int = 2
     input_len: int = 256
@@ -45,7 +42,6 @@ class RouterBenchConfig:
     num_streams: int = 64
     num_clients: int = 32
     seconds: float = 5.0
-    cores: tuple[int, int] = (0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +90,12 @@ async def bench_router(config: RouterBenchConfig) -> RouterBenchResult:
     """Raises StartupError if a process does not start, RelevoError if a request fails."""
     texts = prompts(config.input_len, _NUM_PROMPTS)
     with ExitStack() as stack:
-        os.sched_setaffinity(0, {config.cores[1]})
-        workers = [_Worker(stack, config.cores[1]) for _ in range(config.num_workers)]
-        pid, port = _start_router(stack, [worker.address for worker in workers], config.cores[0])
+        allowed = os.sched_getaffinity(0)
+        router_core, other_core = min(allowed), max(allowed)
+        stack.callback(os.sched_setaffinity, 0, allowed)
+        os.sched_setaffinity(0, {other_core})
+        workers = [_Worker(stack, other_core) for _ in range(config.num_workers)]
+        pid, port = _start_router(stack, [worker.address for worker in workers], router_core)
         bench = _Bench(config, texts, workers, pid, port)
         bench.set_rate(math.inf)
         await bench.load(config.num_clients, 1.0, stream=False, max_tokens=16)  # warm

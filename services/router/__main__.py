@@ -27,7 +27,7 @@ async def serve(settings: RouterSettings, process: Process) -> None:
     """Ports first, so that a taken one is said at once; then the model's files; then the workers."""
     security = read_security(settings)
     security.check_host(settings.host)
-    listener = bind(settings.http_host, settings.http_port)
+    listener = bind(settings.http_host, settings.http_port, shared=settings.http_shared)
     process.stack.callback(listener.close)
     fleet = Fleet(StaticDiscovery({"prefill": settings.prefill, "decode": settings.decode}), security=security)
     server = make_server([registration(fleet)], settings.host, settings.port, security)
