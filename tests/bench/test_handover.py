@@ -15,12 +15,12 @@ pytestmark = pytest.mark.timeout(180)
 async def test_it_tells_tail_and_overlap_of_split_requests() -> None:
     config = HandoverBenchConfig(
         stack=StackConfig(port=free_port(), kv_arena="64MiB", worker_options={"kv-cache-memory": "128MiB"}),
-        input_lens=(64, 1100),
+        input_lens=(256, 1100),
         num_requests=1,
     )
     told: list[str] = []
     short, long = cases = await bench_handover(config, told.append)
-    assert (short.num_blocks, long.num_blocks) == (4, 68)
+    assert (short.num_blocks, long.num_blocks) == (16, 68)
     assert short.overlap == 0, "a prompt of one chunk is handed over when it is computed"
     assert 0 < long.overlap < 1
     for case in cases:
