@@ -29,7 +29,7 @@ from relevo.tokenizer import Tokenizer
 
 _PATH = "/v1/completions"
 _END_SECONDS = 10.0
-_NUM_PROMPTS = 64
+NUM_PROMPTS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,35 +88,47 @@ def prompts(input_len: int, count: int) -> list[str]:
 
 async def bench_router(config: RouterBenchConfig) -> RouterBenchResult:
     """Raises StartupError if a process does not start, RelevoError if a request fails."""
-    texts = prompts(config.input_len, _NUM_PROMPTS)
+    texts = prompts(config.input_len, NUM_PROMPTS)
     with ExitStack() as stack:
-        allowed = os.sched_getaffinity(0)
-        router_core, other_core = min(allowed), max(allowed)
-        stack.callback(os.sched_setaffinity, 0, allowed)
-        os.sched_setaffinity(0, {other_core})
-        workers = [_Worker(stack, other_core) for _ in range(config.num_workers)]
+        router_core, other_core = pin(stack)
+        workers = [BenchWorker(stack, "services.router.bench_worker", other_core) for _ in range(config.num_workers)]
         pid, port = _start_router(stack, [worker.address for worker in workers], router_core)
-        bench = _Bench(config, texts, workers, pid, port)
-        bench.set_rate(math.inf)
-        await bench.load(config.num_clients, 1.0, stream=False, max_tokens=16)  # warm
-        whole, cpu, others = await bench.load(config.num_clients, config.seconds, stream=False, max_tokens=16)
-        alone, _, _ = await bench.load(1, config.seconds, stream=True, max_tokens=1)
-        cuts = quantiles(alone.ttft_seconds, n=100)
-        streams = [await bench.streams(rate) for rate in config.rates]
-        return RouterBenchResult(
-            requests_per_second=whole.num_requests / whole.seconds,
-            cpu_ms_per_request=1e3 * cpu / whole.num_requests,
-            others_share=others / whole.seconds,
-            added_ttft_p50_ms=1e3 * cuts[49],
-            added_ttft_p99_ms=1e3 * cuts[98],
-            streams=streams,
-            rss_mib=_rss_mib(pid),
-        )
+        return await measure(config, texts, workers, pid, port)
+
+
+def pin(stack: ExitStack) -> tuple[int, int]:
+    """The core for the router, and that for all others, which this process is on until the stack ends."""
+    allowed = os.sched_getaffinity(0)
+    stack.callback(os.sched_setaffinity, 0, allowed)
+    os.sched_setaffinity(0, {max(allowed)})
+    return min(allowed), max(allowed)
+
+
+async def measure(
+    config: RouterBenchConfig, texts: Sequence[str], workers: Sequence[BenchWorker], pid: int, port: int
+) -> RouterBenchResult:
+    """A running router, whosever it is, in the process pid. Raises RelevoError if a request fails."""
+    bench = _Bench(config, texts, workers, pid, port)
+    bench.set_rate(math.inf)
+    await bench.load(config.num_clients, 1.0, stream=False, max_tokens=16)  # warm
+    whole, cpu, others = await bench.load(config.num_clients, config.seconds, stream=False, max_tokens=16)
+    alone, _, _ = await bench.load(1, config.seconds, stream=True, max_tokens=1)
+    cuts = quantiles(alone.ttft_seconds, n=100)
+    streams = [await bench.streams(rate) for rate in config.rates]
+    return RouterBenchResult(
+        requests_per_second=whole.num_requests / whole.seconds,
+        cpu_ms_per_request=1e3 * cpu / whole.num_requests,
+        others_share=others / whole.seconds,
+        added_ttft_p50_ms=1e3 * cuts[49],
+        added_ttft_p99_ms=1e3 * cuts[98],
+        streams=streams,
+        rss_mib=_rss_mib(pid),
+    )
 
 
 class _Bench:
     def __init__(
-        self, config: RouterBenchConfig, texts: Sequence[str], workers: Sequence[_Worker], pid: int, port: int
+        self, config: RouterBenchConfig, texts: Sequence[str], workers: Sequence[BenchWorker], pid: int, port: int
     ) -> None:
         self._config = config
         self._texts = texts
@@ -155,17 +167,19 @@ class _Bench:
 
     def _requests(self, stream: bool, max_tokens: int) -> list[bytes]:
         bodies = (
-            orjson.dumps({"prompt": text, "max_tokens": max_tokens, "stream": stream, "ignore_eos": True})
+            orjson.dumps(
+                {"model": "bench", "prompt": text, "max_tokens": max_tokens, "stream": stream, "ignore_eos": True}
+            )
             for text in self._texts
         )
         return [post("127.0.0.1", self._port, _PATH, body) for body in bodies]
 
 
-class _Worker:
-    """Ends with the stack."""
+class BenchWorker:
+    """A process that answers without a model; `module` says in which language. Ends with the stack."""
 
-    def __init__(self, stack: ExitStack, core: int) -> None:
-        process, line = _spawn(stack, ["services.router.bench_worker"], core, stdin=subprocess.PIPE)
+    def __init__(self, stack: ExitStack, module: str, core: int) -> None:
+        process, line = _spawn(stack, [module], core, stdin=subprocess.PIPE)
         self.pid = process.pid
         self.address: str = line["address"]
         assert process.stdin is not None
@@ -178,7 +192,8 @@ class _Worker:
 
 
 def _start_router(stack: ExitStack, workers: Sequence[str], core: int) -> tuple[int, int]:
-    flags = ["--port", "0", "--http-port", "0", "--decode", ",".join(workers), "--log-level", "warning"]
+    flags = ["--port", "0", "--http-port", "0", "--decode", ",".join(workers), "--log-level", "error"]
+    flags += ["--served-model-name", "bench"]
     process, line = _spawn(stack, ["services.router", *flags], core)
     return process.pid, int(str(line["http"]).rpartition(":")[2])
 

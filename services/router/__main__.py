@@ -13,6 +13,7 @@ from relevo.tokenizer import Tokenizer
 from services.common.discovery import StaticDiscovery
 from services.common.grpc import make_server
 from services.common.lifecycle import Process, run_service
+from services.common.loop_lag import LoopLag
 from services.common.security import read_security
 from services.common.telemetry import make_registry, serve_metrics
 from services.router.config import RouterSettings
@@ -32,6 +33,9 @@ async def serve(settings: RouterSettings, process: Process) -> None:
     fleet = Fleet(StaticDiscovery({"prefill": settings.prefill, "decode": settings.decode}), security=security)
     server = make_server([registration(fleet)], settings.host, settings.port, security)
     registry = make_registry()
+    lag = LoopLag()
+    registry.register(lag.metric)
+    process.spawn(lag.run(), "loop lag")
     if settings.metrics_port is not None:
         _, stop_metrics = serve_metrics(registry, settings.host, settings.metrics_port)
         process.stack.callback(stop_metrics)
