@@ -14,6 +14,7 @@ from relevo.tokenizer import Tokenizer
 from services.common.discovery import StaticDiscovery
 from services.common.grpc import make_server
 from services.common.lifecycle import Process, run_service
+from services.common.loop_lag import LoopLag
 from services.common.security import read_security
 from services.common.telemetry import make_registry, serve_metrics
 from services.router.admission import AdmissionLimits
@@ -33,11 +34,14 @@ async def serve(settings: RouterSettings, process: Process) -> None:
     security.check_host(settings.host)
     keys = _read_keys(settings)
     tls = load_tls(settings.http_tls_cert, settings.http_tls_key)
-    listener = bind(settings.http_host, settings.http_port)
+    listener = bind(settings.http_host, settings.http_port, shared=settings.http_shared)
     process.stack.callback(listener.close)
     fleet = Fleet(StaticDiscovery({"prefill": settings.prefill, "decode": settings.decode}), security=security)
     server = make_server([registration(fleet)], settings.host, settings.port, security)
     registry = make_registry()
+    lag = LoopLag()
+    registry.register(lag.metric)
+    process.spawn(lag.run(), "loop lag")
     if settings.metrics_port is not None:
         _, stop_metrics = serve_metrics(registry, settings.host, settings.metrics_port)
         process.stack.callback(stop_metrics)
