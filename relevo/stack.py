@@ -36,6 +36,7 @@ class StackConfig:
     take_turns: several workers that compute on the CPU do so one at a time, each with all cores (docs/adr/0007)
     restart: a child that dies is started again
     chaos: the agent lets `relevo chaos` make it fail
+    metrics: agent and workers serve /metrics, each on a port of its own (the router does in any case)
     """
 
     model: str | None = None
@@ -52,6 +53,7 @@ class StackConfig:
     take_turns: bool = True
     restart: bool = True
     chaos: bool = False
+    metrics: bool = False
     agent_options: Mapping[str, str | bool] = field(default_factory=dict)
     worker_options: Mapping[str, str | bool] = field(default_factory=dict)
     router_options: Mapping[str, str | bool] = field(default_factory=dict)
@@ -66,6 +68,7 @@ class Stack:
     def __init__(self, config: StackConfig) -> None:
         self.config = config
         self.children: list[Child] = []  # in order of start; stopped in reverse
+        self.metrics_ports: dict[str, int] = {}  # by the child's name, if config.metrics
         self._lifeline_read, self._lifeline_write = os.pipe()
         self._turns_fd: int | None = None
         self._has_state = False
@@ -98,7 +101,10 @@ class Stack:
         prefill_names = [f"prefill-{index}" for index in range(self.config.num_prefill if split else 0)]
         decode_names = [f"decode-{index}" for index in range(self.config.num_decode)]
         names = ["kvtransfer"] * split + prefill_names + decode_names + ["router"]
-        ports = dict(zip(names, _free_ports(len(names)), strict=True))
+        free = list(_free_ports(2 * len(names)))
+        ports = dict(zip(names, free[: len(names)], strict=True))
+        if self.config.metrics:
+            self.metrics_ports = dict(zip(names[:-1], free[len(names) :], strict=False))
         address = {name: f"127.0.0.1:{port}" for name, port in ports.items()}
 
         if self.config.take_turns and len(prefill_names + decode_names) > 1 and hasattr(os, "memfd_create"):
@@ -177,6 +183,8 @@ class Stack:
             "drain-seconds": str(self.config.drain_seconds),
             "log-level": self.config.log_level,
         }
+        if name in self.metrics_ports:
+            flags["metrics-port"] = str(self.metrics_ports[name])
         if role != "kvtransfer" and self.config.model is not None:
             flags["model"] = self.config.model
         inherited = [self._lifeline_read]

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from relevo.bench.commands import integers, numbers, progress, write_json
 from relevo.bench.engine_commands import add_engine_commands
+from relevo.bench.handover_command import add_handover_command
 from relevo.bench.kv_command import add_kv_command
 from relevo.bench.quantization_command import add_quantization_command
 from relevo.bench.route_command import add_route_command
@@ -112,4 +113,5 @@ def serve(
 add_engine_commands(app)
 add_route_command(app)
 add_kv_command(app)
+add_handover_command(app)
 add_quantization_command(app)

@@ -68,14 +68,16 @@ class EngineThread:
         self._commands.put(lambda engine: engine.release(request_id))
 
     async def pin(self, names: Sequence[BlockHash]) -> dict[BlockHash, int]:
-        """See Engine.pin; the blocks are held when this returns. Cancelled: then they are unpinned."""
-        assert self._loop is not None
+        """See Engine.pin; the blocks are held when this returns. Cancelled: then none is, when it raises."""
+        assert self._loop is not None and self._ended is not None
         pinned: asyncio.Future[dict[BlockHash, int]] = self._loop.create_future()
         self._commands.put(lambda engine: self._tell(_settle, pinned, engine.pin(names)))
         try:
             return await asyncio.shield(pinned)
         except asyncio.CancelledError:
-            pinned.add_done_callback(lambda done: self.unpin(list(done.result().values())))
+            await asyncio.wait((pinned, self._ended), return_when=asyncio.FIRST_COMPLETED)
+            if pinned.done():
+                self.unpin(list(pinned.result().values()))
             raise
 
     def unpin(self, block_ids: Sequence[int]) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 from services.common.lifecycle import Process, run_service
 from services.kvtransfer.agent import start_agent
 from services.kvtransfer.config import KvTransferSettings
+from services.kvtransfer.transports.catalog import leave
 
 
 async def serve(settings: KvTransferSettings, process: Process) -> None:
@@ -15,7 +14,7 @@ async def serve(settings: KvTransferSettings, process: Process) -> None:
 
 
 def main() -> None:
-    sys.exit(run_service("kvtransfer", KvTransferSettings, serve))
+    leave(run_service("kvtransfer", KvTransferSettings, serve))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 from dataclasses import dataclass
+from functools import partial
 
 from relevo.core.errors import StartupError
 from services.common.grpc import Registration, format_address, make_server
@@ -25,7 +26,7 @@ from services.kvtransfer.store import Store
 from services.kvtransfer.tiers.cascade import Tiers
 from services.kvtransfer.tiers.factory import open_tiers
 from services.kvtransfer.transports import DataServer
-from services.kvtransfer.transports.catalog import check_names, open_nixl, open_pullers
+from services.kvtransfer.transports.catalog import open_nixl, open_pullers, usable_names
 from services.kvtransfer.transports.tcp_server import TcpDataServer, listen
 from services.kvtransfer.transports.wire import client_tls, server_tls
 from services.pb import kvlink_pb2_grpc, kvtransfer_pb2_grpc
@@ -42,6 +43,7 @@ class Agent:
     tiers: Tiers
     links: Links
     data_server: TcpDataServer
+    metrics_port: int | None  # where it was asked for
 
 
 async def start_agent(settings: KvTransferSettings, process: Process) -> Agent:
@@ -70,9 +72,9 @@ async def start_agent(settings: KvTransferSettings, process: Process) -> Agent:
     data_server = TcpDataServer(arena, tokens, listener, data_address, server_tls(data_tls))
     process.stack.push_async_callback(data_server.close)
     process.spawn(data_server.run(), "data port")
-    check_names(settings.transports)
-    servers: list[DataServer] = [data_server] if "tcp" in settings.transports else []
-    nixl_server = await asyncio.to_thread(open_nixl, settings.transports, arena, f"agent-{process.incarnation}")
+    transports = usable_names(settings.transports, encrypted=data_tls is not None)
+    servers: list[DataServer] = [data_server] if "tcp" in transports else []
+    nixl_server = await asyncio.to_thread(open_nixl, transports, arena, f"agent-{process.incarnation}")
     if nixl_server is not None:
         process.stack.push_async_callback(nixl_server.close)
         servers.append(nixl_server)
@@ -85,12 +87,13 @@ async def start_agent(settings: KvTransferSettings, process: Process) -> Agent:
         server.register(chaos_registration(faults, store))
     address = format_address(host, server.port)
     links = Links(
-        open_pullers(settings.transports, arena, client_tls(data_tls), has_nixl=nixl_server is not None),
+        open_pullers(transports, arena, client_tls(data_tls), has_nixl=nixl_server is not None),
         address=address,
         incarnation=process.incarnation,
         floor_bytes_per_second=settings.link_floor,
         security=security,
     )
+    data_server.on_sent = partial(links.counters.times.observe_block, "out", "tcp")
     process.spawn(links.run(), "links")
     servicer = KvTransferServicer(store, tiers, tokens, links, address=address, pin_seconds=settings.pin_seconds)
     add = kvtransfer_pb2_grpc.add_KvTransferServicer_to_server
@@ -102,10 +105,11 @@ async def start_agent(settings: KvTransferSettings, process: Process) -> Agent:
     process.stack.push_async_callback(server.stop, settings.drain_seconds)
     process.stack.callback(store.held.events.close)  # or watchers would hold the server up
 
+    metrics_port = None
     if settings.metrics_port is not None:
         registry = make_registry()
         registry.register(StoreCollector(store, tiers.tiers))
-        registry.register(LinkCollector(links, data_server))
-        _, stop_metrics = serve_metrics(registry, settings.host, settings.metrics_port)
+        registry.register(LinkCollector(links, link_servicer, data_server))
+        metrics_port, stop_metrics = serve_metrics(registry, settings.host, settings.metrics_port)
         process.stack.callback(stop_metrics)
-    return Agent(address, store, tiers, links, data_server)
+    return Agent(address, store, tiers, links, data_server, metrics_port)

@@ -25,10 +25,14 @@ LinkContext = grpc.aio.ServicerContext[kvlink_pb2.LinkRequest, kvlink_pb2.LinkRe
 
 
 class KvLinkServicer(kvlink_pb2_grpc.KvLinkServicer):
-    """A link lives as long as its stream. incarnation: of this agent."""
+    """A link lives as long as its stream. incarnation: of this agent.
+
+    chosen: by link id, who has what; of open links whose other end has chosen
+    """
 
     def __init__(self, servers: Sequence[DataServer], incarnation: str) -> None:
         self.num_links = 0
+        self.chosen: dict[bytes, tuple[str, kvlink_pb2.LinkChosen]] = {}
         self._servers = servers
         self._incarnation = incarnation
 
@@ -49,6 +53,7 @@ class KvLinkServicer(kvlink_pb2_grpc.KvLinkServicer):
                     welcome.offers.append(offer)
             await context.write(kvlink_pb2.LinkReply(welcome=welcome))
             while isinstance(message := await context.read(), kvlink_pb2.LinkRequest):
+                self.chosen[link_id] = (request.hello.agent_address, message.chosen)
                 _log_choice(request.hello.agent_address, message.chosen)
             logger.debug("%s closed its link", request.hello.agent_address)
         except asyncio.CancelledError:
@@ -56,6 +61,7 @@ class KvLinkServicer(kvlink_pb2_grpc.KvLinkServicer):
             raise
         finally:
             self.num_links -= 1
+            self.chosen.pop(link_id, None)
             for server in self._servers:
                 server.end_link(link_id)
 

@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import grpc.aio
 
@@ -20,6 +20,7 @@ from relevo.core.sizes import format_size
 from services.common.errors import relevo_errors
 from services.common.grpc import make_channel
 from services.common.security import NO_SECURITY, Security
+from services.kvtransfer.link_counters import LinkCounters
 from services.kvtransfer.transports import Figures, Puller
 from services.pb import kvlink_pb2, kvlink_pb2_grpc
 
@@ -45,32 +46,14 @@ class Link:
     puller: Puller
     figures: Figures
     reason: str  # why this transport
-
-
-@dataclass
-class LinkCounters:
-    """Since the start, of all links together, by transport."""
-
-    bytes: dict[str, int] = field(default_factory=dict)
-    blocks: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    failed_blocks: dict[str, int] = field(default_factory=dict)  # by reason: not_pinned, corrupt, broken
-    num_opened: int = 0
-    num_broken: int = 0
-
-    def count_block(self, transport: str, num_bytes: int) -> None:
-        self.bytes[transport] = self.bytes.get(transport, 0) + num_bytes
-        self.blocks[transport] = self.blocks.get(transport, 0) + 1
-
-    def count_seconds(self, transport: str, seconds: float) -> None:
-        self.seconds[transport] = self.seconds.get(transport, 0.0) + seconds
-
-    def count_failed(self, reason: str, num_blocks: int) -> None:
-        self.failed_blocks[reason] = self.failed_blocks.get(reason, 0) + num_blocks
+    probes: Mapping[str, Figures]  # of each transport that answered
 
 
 class Links:
-    """All links of this agent, as the pulling end. address and incarnation are our own."""
+    """All links of this agent, as the pulling end. address and incarnation are our own.
+
+    floor: bytes a second; a link that is slower is a warning
+    """
 
     def __init__(
         self,
@@ -86,7 +69,7 @@ class Links:
         self.address = address
         self._pullers = pullers
         self._incarnation = incarnation
-        self._floor = floor_bytes_per_second
+        self.floor = floor_bytes_per_second
         self._security = security
         self._idle_seconds = idle_seconds
         self._group: asyncio.TaskGroup | None = None
@@ -101,7 +84,7 @@ class Links:
 
     @property
     def open_links(self) -> list[Link]:
-        return [slot.link for slot in self._slots.values() if slot.link is not None]
+        return [slot.link for slot in list(self._slots.values()) if slot.link is not None]
 
     def bytes_per_second(self, address: str) -> float:
         """Measured when the link was opened; 0 if there is none."""
@@ -208,7 +191,9 @@ class Links:
                     stack.push_async_callback(puller.close)
                     found.append((puller, await puller.probe()))
                 notes.append(f"{offer.transport} {describe(found[-1][1])}")
+                self.counters.count_probe(offer.transport, "measured")
             except (Unavailable, TimeoutError) as error:
+                self.counters.count_probe(offer.transport, "failed")
                 notes.append(f"{offer.transport} failed: {error or f'no answer within {_PROBE_SECONDS:g} s'}")
         if not found:
             raise Unavailable(f"no data transport to {address} works: {'; '.join(notes) or 'it offers none'}")
@@ -217,7 +202,8 @@ class Links:
             if puller is not best:
                 await puller.close()
         why = f"quickest for a block of {format_size(TYPICAL_BLOCK_BYTES)}" if len(found) > 1 else "the only one"
-        return Link(address, welcome.incarnation, channel, best, figures, f"{why} ({'; '.join(notes)})")
+        probes = {puller.name: measured for puller, measured in found}
+        return Link(address, welcome.incarnation, channel, best, figures, f"{why} ({'; '.join(notes)})", probes)
 
     def _log(self, link: Link) -> None:
         before = self._incarnations.get(link.address)
@@ -225,13 +211,13 @@ class Links:
             logger.warning("%s was started again", link.address)
         self._incarnations[link.address] = link.incarnation
         logger.info("link to %s: %s, %s: %s", link.address, link.puller.name, describe(link.figures), link.reason)
-        if link.figures.bytes_per_second < self._floor:
+        if link.figures.bytes_per_second < self.floor:
             logger.warning(
                 "the link to %s is slow: %s brings %.1f MB/s, less than --link-floor %.1f MB/s",
                 link.address,
                 link.puller.name,
                 link.figures.bytes_per_second / 1e6,
-                self._floor / 1e6,
+                self.floor / 1e6,
             )
 
     def _forget(self, address: str, slot: _Slot) -> None:

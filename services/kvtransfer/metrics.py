@@ -35,8 +35,6 @@ class StoreCollector(Collector):
         for name, text, value in (
             ("sealed_blocks", "Blocks sealed", counters.sealed_blocks),
             ("fetched_blocks", "Blocks shown to readers", counters.fetched_blocks),
-            ("pulled_bytes", "Bytes received from other agents", counters.pulled_bytes),
-            ("pull_seconds", "Time spent receiving them", counters.pull_seconds),
         ):
             yield CounterMetricFamily(f"relevo_kv_{name}", text, value=value)
         yield _by_label(

@@ -65,7 +65,6 @@ async def pull_blocks(
         if code == _UNAVAILABLE and num_given_up:
             links.counters.count_failed("broken", num_given_up)
         if pull.num_bytes:
-            store.counters.pull_seconds += pull.seconds
             logger.debug(
                 "%d bytes from %s, %.2f GB/s", pull.num_bytes, source_agent_address, pull.num_bytes / pull.seconds / 1e9
             )
@@ -128,6 +127,7 @@ class _Pull:
         """Returns what to tell the source: it drops what came damaged, or the next one who asks would get it, too."""
         arena, lease_id, counters = self._store.arena, self._lease_id, self._links.counters
         corrupt: list[int] = []
+        start = time.monotonic()
 
         def answered(number: int, outcome: Outcome) -> None:
             block = blocks[number]
@@ -135,8 +135,7 @@ class _Pull:
             if outcome is Outcome.ARRIVED:
                 self._store.seal(lease_id, index, block.checksum)
                 self.num_bytes += arena.block_bytes
-                self._store.counters.pulled_bytes += arena.block_bytes
-                counters.count_block(link.puller.name, arena.block_bytes)
+                counters.count_block(link.puller.name, arena.block_bytes, time.monotonic() - start)
                 return
             counters.count_failed(outcome.value, 1)
             if outcome is Outcome.CORRUPT:
@@ -148,7 +147,6 @@ class _Pull:
                 self._store.abandon(lease_id, index, _UNAVAILABLE)
 
         wanted = [WantedBlock(block.slot, arena.block(self._slots[block.index]), block.checksum) for block in blocks]
-        start = time.monotonic()
         try:
             await link.puller.pull(token, wanted, answered)
         except Unavailable:
@@ -157,6 +155,6 @@ class _Pull:
         finally:
             seconds = time.monotonic() - start
             self.seconds += seconds
-            counters.count_seconds(link.puller.name, seconds)
+            counters.count_batch(link.puller.name, seconds)
         indices = [block.index for block in blocks if block.index not in corrupt]
         return kvtransfer_pb2.ReleaseBlocks(indices=indices, corrupt=corrupt)

@@ -36,8 +36,6 @@ class Counters:
     pins_expired: int = 0  # readers that kept their pins for too long
     missing_blocks: dict[str, int] = field(default_factory=dict)  # by code
     corrupt_blocks: int = 0
-    pulled_bytes: int = 0
-    pull_seconds: float = 0.0
 
 
 class Store:

@@ -55,8 +55,7 @@ class Clients(Router):
     """A router without its HTTP edge."""
 
     def __init__(self, fleet: Fleet) -> None:
-        super().__init__(FleetDispatcher(fleet, [EOS], SPLIT_WHENEVER_POSSIBLE))
-        self._fleet = fleet
+        super().__init__(FleetDispatcher(fleet, [EOS], SPLIT_WHENEVER_POSSIBLE), fleet)
 
     def busy(self, kind: WorkerKind) -> str:
         """Address of the only worker of this kind that has a request."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable, Sequence
+from urllib.request import urlopen
 
 import xxhash
 
@@ -90,3 +91,11 @@ async def take(fetch: BlockFetch, labels: Sequence[object]) -> dict[int, int]:
 async def fetch_all(client: KvAgentClient, *labels: object, timeout_seconds: float = 5.0) -> dict[int, int]:
     async with client.fetch(names(*labels), timeout_seconds=timeout_seconds) as fetch:
         return await take(fetch, labels)
+
+
+async def scrape(port: int | None) -> dict[str, float]:
+    """An agent's relevo_* figures over HTTP, by their whole name: 'relevo_kv_slots{state="free"}'."""
+    reply = await asyncio.to_thread(urlopen, f"http://127.0.0.1:{port}/metrics")
+    with reply:
+        lines = reply.read().decode().splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line.startswith("relevo_"))}

@@ -11,7 +11,6 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import grpc
 import pytest
@@ -21,7 +20,7 @@ from services.kvtransfer.client import KvAgentClient
 from services.kvtransfer.transports import wire
 from services.pb import kvlink_pb2, kvlink_pb2_grpc, kvtransfer_pb2, kvtransfer_pb2_grpc
 
-from .blocks import BLOCK_BYTES, names, publish_all, take, until, until_unused, write_and_seal
+from .blocks import BLOCK_BYTES, names, publish_all, scrape, take, until, until_unused, write_and_seal
 from .conftest import Connect, SpawnAgent, StartAgent
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE.value[0]
@@ -51,8 +50,7 @@ async def test_both_ends_say_which_transport_was_taken_and_why(
     start: StartAgent, connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    port = free_port()
-    source, target = await start(), await start(metrics_port=port, transports=["tcp"])
+    source, target = await start(metrics_port=0), await start(metrics_port=0, transports=["tcp"])
     prefill, decode = await connect(source.address), await connect(target.address)
     await publish_all(prefill, "a", "b")
     assert await pull(decode, source.address, "a", "b") == {}
@@ -61,11 +59,35 @@ async def test_both_ends_say_which_transport_was_taken_and_why(
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
     assert any(text.startswith(f"link to {source.address}: tcp, ") and " MB/s, " in text for text in said)
     await until(lambda: any(f"link from {target.address}: tcp, " in record.getMessage() for record in caplog.records))
-    metrics = (await asyncio.to_thread(urlopen, f"http://127.0.0.1:{port}/metrics")).read().decode()
-    values = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if not line.startswith("#"))
-    labels = f'{{peer="{source.address}",transport="tcp"}}'
-    assert float(values[f"relevo_kv_link_bytes_per_second{labels}"]) == link.figures.bytes_per_second
-    assert float(values['relevo_kv_transfer_bytes_total{direction="in",transport="tcp"}']) == 2 * BLOCK_BYTES
+    for agent, direction, peer in ((target, "in", source.address), (source, "out", target.address)):
+        found = await scrape(agent.metrics_port)
+        labels = f'direction="{direction}",peer="{peer}"'
+        assert found[f'relevo_kv_link_bytes_per_second{{{labels},transport="tcp"}}'] == link.figures.bytes_per_second
+        assert found[f'relevo_kv_link_latency_seconds{{{labels},transport="tcp"}}'] == link.figures.latency_seconds
+        assert found[f'relevo_kv_link_info{{{labels},reason="{link.reason}",transport="tcp"}}'] == 1
+
+
+async def test_transfers_are_measured_at_both_ends(start: StartAgent, connect: Connect) -> None:
+    source, target = [await start(metrics_port=0, transports=["tcp"]) for _ in range(2)]
+    prefill, decode = await connect(source.address), await connect(target.address)
+    await publish_all(prefill, "a", "b", "c")
+    source.store.arena.block(1)[77] ^= 4
+    assert await pull(decode, source.address, "a", "b", "c") == {1: DATA_LOSS}
+    await until(lambda: source.data_server.num_blocks == 3)
+    for agent, direction, num_blocks in ((target, "in", 2), (source, "out", 3)):
+        found = await scrape(agent.metrics_port)
+        of = f'{{direction="{direction}",transport="tcp"}}'
+        assert found[f"relevo_kv_transfer_bytes_total{of}"] == num_blocks * BLOCK_BYTES
+        assert found[f"relevo_kv_transfer_blocks_total{of}"] == num_blocks
+        assert 0 < found[f"relevo_kv_transfer_seconds_total{of}"] < 5
+        assert found[f"relevo_kv_transfer_block_seconds_count{of}"] == num_blocks
+        assert 0 < found[f"relevo_kv_transfer_block_seconds_sum{of}"] < 5
+    found = await scrape(target.metrics_port)
+    assert found['relevo_kv_transfer_batch_seconds_count{direction="in",transport="tcp"}'] >= 1
+    assert found['relevo_kv_transfer_failed_blocks_total{reason="corrupt"}'] == 1
+    assert found['relevo_kv_tier_checksum_failures_total{tier="arena"}'] == 1
+    assert found['relevo_kv_probes_total{result="measured",transport="tcp"}'] == 1
+    assert found[f'relevo_kv_probe_bytes_per_second{{peer="{source.address}",transport="tcp"}}'] > 1e6
 
 
 async def test_link_below_the_floor_is_a_warning_with_the_number(

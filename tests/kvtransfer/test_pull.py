@@ -57,7 +57,7 @@ async def test_block_that_is_here_is_not_pulled(start: StartAgent, connect: Conn
     await publish_all(prefill, "a", "b")
     await publish_all(decode, "a")
     assert await pull(decode, source.address, "a", "b") == {}
-    assert target.store.counters.pulled_bytes == target.store.arena.block_bytes
+    assert sum(target.links.counters.bytes.values()) == target.store.arena.block_bytes
 
 
 async def test_two_readers_pull_a_block_once(start: StartAgent, connect: Connect) -> None:
@@ -68,7 +68,7 @@ async def test_two_readers_pull_a_block_once(start: StartAgent, connect: Connect
         await until_readers(target, 2)
         await write_and_seal(publication, ("a",), [0])
         assert await asyncio.gather(*pulls) == [{}, {}]
-    assert target.store.counters.pulled_bytes == target.store.arena.block_bytes
+    assert sum(target.links.counters.bytes.values()) == target.store.arena.block_bytes
 
 
 async def test_writer_that_gives_up_there_is_aborted_here(start: StartAgent, connect: Connect) -> None:

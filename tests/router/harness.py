@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 
 from relevo.core.block_hash import BlockHash, hash_blocks, root_hash
@@ -54,12 +54,20 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @asynccontextmanager
 async def running(
-    *worker_ids: str, silence_seconds: float = 15.0, max_model_len: int = 4096, snapshot_part: int = 16384
+    *worker_ids: str,
+    silence_seconds: float = 15.0,
+    max_model_len: int = 4096,
+    snapshot_part: int = 16384,
+    agents: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Harness]:
-    """running("prefill-0", "decode-0"): connected. Afterwards it asserts that the router left no task behind."""
+    """running("prefill-0", "decode-0"): connected. Afterwards it asserts that the router left no task behind.
+
+    agents: addresses of workers' agents; nobody listens at those of the others
+    """
     journal = Journal()
     workers = [make_worker(worker_id, journal, max_model_len, snapshot_part) for worker_id in worker_ids]
     for worker in workers:
+        worker.info.agent_address = (agents or {}).get(worker.worker_id, worker.info.agent_address)
         await worker.start()
     addresses = {
         role: [worker.address for worker in workers if worker.worker_id.startswith(role)]

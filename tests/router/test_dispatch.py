@@ -201,19 +201,6 @@ async def test_decode_that_dies_before_any_token_is_replaced() -> None:
             await harness.until_connected("decode-0")
 
 
-async def test_decode_that_dies_after_tokens_ends_the_request_with_unavailable() -> None:
-    async with running("decode-0", "decode-1") as harness:
-        for worker_id in ("decode-0", "decode-1"):
-            harness[worker_id].behaviour.die_at = "token-2"
-        seen: list[int] = []
-        with pytest.raises(Unavailable):
-            async for event in harness.generate(8):
-                assert isinstance(event, TokensEvent)
-                seen += event.token_ids
-        assert seen == answer(make_request(8))[:2]
-        assert len(harness.journal.names()) == 1
-
-
 async def test_nothing_alive_is_unavailable() -> None:
     async with running("decode-0") as harness:
         assert harness.dispatcher.is_ready()

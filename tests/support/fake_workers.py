@@ -38,8 +38,9 @@ LOAD_INTERVAL_SECONDS = 1.0
 
 
 def answer(request: messages_pb2.GenerationRequest) -> list[int]:
-    """What a fake model says to a prompt: max_tokens tokens."""
-    start = sum(request.prompt_token_ids) + len(request.prompt_token_ids)
+    """What a fake model says to a prompt: max_tokens tokens, with those that are in the request already."""
+    prompt = request.prompt_token_ids[: len(request.prompt_token_ids) - request.num_output_tokens]
+    start = sum(prompt) + len(prompt)
     return [(start + 7 * index) % VOCAB_SIZE for index in range(request.sampling.max_tokens)]
 
 
@@ -188,7 +189,8 @@ class FakePrefill(FakeWorker):
         cached = self.behaviour.num_cached_blocks * self.info.block_size
         await self.compute(len(submit.request.prompt_token_ids) - cached)
         await self.reach("first_token")
-        first = messages_pb2.Tokens(token_ids=answer(submit.request)[:1])
+        index = submit.request.num_output_tokens
+        first = messages_pb2.Tokens(token_ids=answer(submit.request)[index : index + 1])
         await session.send(prefill_pb2.PrefillUpdate(handle=handle, first_token=first))
         await self.reach("end")
         ended = messages_pb2.Ended(finish_reason=self.behaviour.finish_reason, num_cached_tokens=cached)
@@ -211,10 +213,10 @@ class FakeDecode(FakeWorker):
         await session.send(decode_pb2.DecodeUpdate(handle=handle, accepted=accepted))
         cached = self.behaviour.num_cached_blocks * self.info.block_size
         tokens = answer(submit.request)
+        start = submit.request.num_output_tokens
         if submit.HasField("ticket"):
-            start = 1 if await self._first_token(commands) is not None else 0
+            start += await self._first_token(commands) is not None
         else:
-            start = 0
             await self.compute(len(submit.request.prompt_token_ids) - cached)
         await self.reach("tokens")
         for index in range(start, len(tokens)):

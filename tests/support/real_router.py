@@ -11,12 +11,13 @@ from relevo.core.placement import CostModel
 from relevo.core.request import FinishReason
 from relevo.core.sampling_params import SamplingParams
 from services.common.discovery import StaticDiscovery
+from services.kvtransfer.agent import Agent
 from services.pb import messages_pb2
 from services.router.dispatch import FleetDispatcher
 from services.router.fleet import Fleet
 from services.router.generation import EndEvent
 from services.router.http.sampling import sampling_to_proto
-from tests.support.agents import TIMEOUT_SECONDS
+from tests.support.agents import TIMEOUT_SECONDS, until
 from tests.support.real_workers import RealWorker
 
 # Decode's time is so dear that every prompt is split of which there is a block to send.
@@ -34,9 +35,18 @@ class Answer:
 
 
 class Router:
-    def __init__(self, dispatcher: FleetDispatcher) -> None:
+    def __init__(self, dispatcher: FleetDispatcher, fleet: Fleet) -> None:
         self.num_tokens = 0  # that came, of all requests
         self._dispatcher = dispatcher
+        self._fleet = fleet
+
+    async def until_agents_known(self, agent: Agent, num_blocks: int) -> None:
+        """Until placement knows of so many blocks at the agent, or more."""
+        await until(lambda: self._fleet.index.num_blocks(f"agent {agent.address}") >= num_blocks)
+
+    async def until_idle(self) -> None:
+        """Until all workers have said that they have nothing to do."""
+        await until(lambda: not any(worker.load.num_requests for worker in self._fleet.workers))
 
     async def generate(self, prompt: Sequence[int], sampling: SamplingParams, salt: str = "") -> Answer:
         """salt: prompts of different salts share no cached block."""
@@ -70,13 +80,26 @@ class Router:
 @asynccontextmanager
 async def real_router(decode: RealWorker, prefill: RealWorker | None = None) -> AsyncIterator[Router]:
     """Connected to the workers. With a prefill worker it splits whatever can be split."""
-    addresses = {"decode": [decode.address], "prefill": [prefill.address] if prefill is not None else []}
+    async with router_over([decode], [prefill] if prefill is not None else [], split=True) as router:
+        yield router
+
+
+@asynccontextmanager
+async def router_over(
+    decodes: Sequence[RealWorker], prefills: Sequence[RealWorker], *, split: bool
+) -> AsyncIterator[Router]:
+    """split: whatever can be split is; else what costs less is done."""
+    addresses = {
+        "decode": [worker.address for worker in decodes],
+        "prefill": [worker.address for worker in prefills],
+    }
+    costs = SPLIT_WHENEVER_POSSIBLE if split else None
     fleet = Fleet(StaticDiscovery(addresses))
     run = asyncio.create_task(fleet.run())
     try:
         async with asyncio.timeout(TIMEOUT_SECONDS):
             await fleet.wait_connected()
-        yield Router(FleetDispatcher(fleet, decode.engine.info.eos_token_ids, SPLIT_WHENEVER_POSSIBLE))
+        yield Router(FleetDispatcher(fleet, decodes[0].engine.info.eos_token_ids, costs), fleet)
     finally:
         run.cancel()
         with suppress(asyncio.CancelledError):

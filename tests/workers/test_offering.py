@@ -102,7 +102,7 @@ async def test_next_turn_on_another_host_takes_the_answer_from_there(agent: Agen
         pair = Pair(to_prefill, to_decode, max_tokens=4)
         assert await pair.serve(1, NEXT_TURN, (agent.address, NUM_BLOCKS)) == continuation(NEXT_TURN, 4)
         assert prefill.engine.num_computed_tokens == len(NEXT_TURN) - NUM_BLOCKS * BLOCK_SIZE
-        assert far.store.counters.pulled_bytes == NUM_BLOCKS * far.store.arena.block_bytes
+        assert sum(far.links.counters.bytes.values()) == NUM_BLOCKS * far.store.arena.block_bytes
 
 
 async def test_prefill_takes_what_decode_has_already_from_decodes_agent(agent: Agent, tmp_path: Path) -> None:

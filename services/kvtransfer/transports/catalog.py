@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import ssl
+import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from relevo.core.errors import StartupError
 from services.kvtransfer.arena import Arena
@@ -22,11 +24,24 @@ logger = logging.getLogger(__name__)
 NAMES = ("nixl", "tcp")
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Raises StartupError for a transport that is unknown."""
+def usable_names(names: Sequence[str], *, encrypted: bool) -> list[str]:
+    """Those that may be used where blocks must be encrypted on their way, or need not.
+
+    Raises StartupError for a transport that is unknown, or if none is left.
+    """
     for name in names:
         if name not in NAMES:
             raise StartupError(f"--transports {name}: there is no such transport; {', '.join(NAMES)} are right")
+    if not encrypted or "nixl" not in names:
+        return list(names)
+    usable = [name for name in names if name != "nixl"]
+    if not usable:
+        raise StartupError(
+            "--transports nixl: NIXL does not encrypt, and with --tls-cert blocks are encrypted on their way: add tcp,"
+            " or give --no-data-tls"
+        )
+    logger.info("no transport nixl: it does not encrypt, as --tls-cert asks for; --no-data-tls allows it")
+    return usable
 
 
 def open_nixl(names: Sequence[str], arena: Arena, name: str) -> NixlDataServer | None:
@@ -42,6 +57,24 @@ def open_nixl(names: Sequence[str], arena: Arena, name: str) -> NixlDataServer |
     except Exception as error:  # NIXL's own classes, which only its package knows
         logger.warning("no transport nixl: it is installed and does not start: %s", error)
     return None
+
+
+def is_nixl_loaded() -> bool:
+    return any(name.startswith("nixl_cu") for name in sys.modules)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process, which has stopped everything: sys.exit(), unless NIXL was loaded.
+
+    Its wheels (1.5.1) bring a copy of libnl-route, and load the system's beside it where there is one; at exit() the
+    copy's destructors take out of lists what went into the other's, and crash: exit code 139 after a clean shutdown.
+    """
+    if not is_nixl_loaded():
+        sys.exit(code)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def open_pullers(

@@ -113,6 +113,8 @@ class NixlDataServer:
         self._is_closed = True
         self._changed.set()
         await asyncio.to_thread(self._thread.join, _JOIN_SECONDS)
+        self._agent = None  # while the memory that it has registered is still mapped
+        gc.collect()
 
     def _look(self) -> None:
         while not self._is_closed:
