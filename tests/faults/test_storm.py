@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-import os
 import random
-import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from relevo.core.sampling_params import SamplingParams
 from services.kvtransfer.agent import Agent
+from tests.faults.held import held
 from tests.faults.stack import NUM_PAGES, SETTINGS, Clients, router
 from tests.faults.test_damage import corrupt_blocks, set_faults
 from tests.support.agents import is_unused, running_agent, until
@@ -47,20 +44,6 @@ def transformers_greedy(path: Path, prompts: list[list[int]]) -> list[list[int]]
         output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_TOKENS, do_sample=False)
         answers.append(output[0, len(prompt) :].tolist())
     return answers
-
-
-@dataclass
-class Held:
-    """What this process has open. Threads: those of Python's, without the loop's own pool, which only grows."""
-
-    num_fds: int
-    threads: list[str]
-
-
-def held() -> Held:
-    gc.collect()
-    names = [thread.name for thread in threading.enumerate() if not thread.name.startswith("asyncio_")]
-    return Held(len(os.listdir("/proc/self/fd")), sorted(names))  # noqa: PTH208  # counted, no more
 
 
 @asynccontextmanager
