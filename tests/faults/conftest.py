@@ -30,16 +30,22 @@ def grpc_in_use() -> None:
     asyncio.run(use())
 
 
-@pytest.fixture(autouse=True)
-def nothing_stays_open(grpc_in_use: None, request: pytest.FixtureRequest) -> Iterator[None]:
-    """No thread and no file descriptor more than before each test; what others close takes a moment."""
+@pytest.fixture(scope="module", autouse=True)
+def nothing_stays_open(grpc_in_use: None) -> Iterator[None]:
+    """No thread and no file descriptor more than before the module's tests; what others close takes a moment."""
     before = held()
     yield
-    request.node.funcargs.clear()  # ended already, and kept by pytest for a little longer: an arena, for one
     deadline = time.monotonic() + 10
     while not (now := held()).is_within(before):
         assert time.monotonic() < deadline, (before, now)
         time.sleep(0.02)
+
+
+@pytest.fixture(autouse=True)
+def values_of_fixtures_are_forgotten(request: pytest.FixtureRequest) -> Iterator[None]:
+    """pytest keeps them for a little longer than they live, an arena for one."""
+    yield
+    request.node.funcargs.clear()
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,8 @@ import threading
 from collections import Counter
 from dataclasses import dataclass
 
+_STAY = ("asyncio_", "copier_", "tqdm_")
+
 
 @dataclass
 class Held:
@@ -24,5 +26,7 @@ class Held:
 def held() -> Held:
     gc.unfreeze()  # a worker that has loaded freezes all there is, which is wise in a process of its own
     gc.collect()
-    names = [thread.name for thread in threading.enumerate() if not thread.name.startswith(("asyncio_", "copier_", "tqdm_"))]
+    names = [
+        thread.name for thread in threading.enumerate() if not thread.name.startswith(("asyncio_", "copier_", "tqdm_"))
+    ]
     return Held(len(os.listdir("/proc/self/fd")), Counter(names))  # noqa: PTH208  # counted, no more
