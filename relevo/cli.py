@@ -90,6 +90,7 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="port of the HTTP endpoint")] = 8000,
     prefill: Annotated[int, typer.Option(min=1, help="number of prefill workers")] = 1,
     decode: Annotated[int, typer.Option(min=1, help="number of decode workers")] = 1,
+    router_workers: Annotated[int, typer.Option(min=1, help="router processes, all on the same port")] = 1,
     topology: Annotated[
         Literal["disaggregated", "aggregated"],
         typer.Option(help="aggregated: no prefill workers, decode workers compute prompts themselves"),
@@ -139,6 +140,7 @@ def serve(
         port=port,
         num_prefill=prefill,
         num_decode=decode,
+        num_routers=router_workers,
         topology=topology,
         kv_arena=str(parse_size_option("--kv-arena", kv_arena)),
         agent_options={

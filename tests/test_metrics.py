@@ -9,6 +9,7 @@ from urllib.request import urlopen
 
 from prometheus_client import CollectorRegistry
 
+from services.common.loop_lag import LoopLag
 from services.common.telemetry import render_metrics
 from services.router.http.metrics import EdgeMetrics
 from services.router.route_log import Predictions
@@ -43,6 +44,7 @@ async def test_workers_figures() -> None:
     async with running_local_decode() as running:
         registry = CollectorRegistry()
         registry.register(WorkerCollector(running.worker))
+        registry.register(LoopLag().metric)
         assert exported(render_metrics(registry)[0]) == documented("Workers")
 
 
@@ -50,4 +52,5 @@ def test_routers_figures() -> None:
     registry = CollectorRegistry()
     EdgeMetrics(registry)
     Predictions(registry)
+    registry.register(LoopLag().metric)
     assert exported(render_metrics(registry)[0]) == documented("Router")

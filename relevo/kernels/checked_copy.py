@@ -20,6 +20,8 @@ from numba import types
 from numba.core.datamodel.models import PrimitiveModel
 from numba.extending import intrinsic, register_model
 
+from relevo.kernels.disk_cache import kept_on_disk
+
 MIN_BYTES = 1024  # below, the algorithm is another one
 _TARGET_ALIGNMENT = 64  # of stores past the caches
 _STRIPE_BYTES = 64
@@ -197,8 +199,7 @@ _copy_cached = _build(_store)
 _copy_past_caches = _build(_store_past_caches)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _copy_checked(targets: Any, sources: Any, num_bytes: int, secret: Any, start: Any, checksums: Any) -> None:
+def _copy_each(targets: Any, sources: Any, num_bytes: int, secret: Any, start: Any, checksums: Any) -> None:
     for index in range(len(targets)):
         acc = start.copy()
         target, source = targets[index], sources[index]
@@ -207,6 +208,9 @@ def _copy_checked(targets: Any, sources: Any, num_bytes: int, secret: Any, start
         else:
             _copy_past_caches(target, source, num_bytes, secret.ctypes.data, acc.ctypes.data)
         checksums[index] = _finish(acc, secret[11:75].view(np.uint64), num_bytes)
+
+
+_copy_checked = kept_on_disk(numba.njit, _copy_each, nogil=True, error_model="numpy")
 
 
 def copy_checked(targets: Sequence[int], sources: Sequence[int], num_bytes: int) -> list[int]:

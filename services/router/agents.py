@@ -13,7 +13,7 @@ from contextlib import suppress
 
 import grpc.aio
 
-from relevo.core.errors import RelevoError
+from relevo.core.errors import RelevoError, Unauthenticated
 from relevo.core.prefix_index import PrefixIndex
 from services.common.errors import relevo_errors
 from services.common.grpc import cancelling, make_channel
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 SILENCE_SECONDS = 15.0
 BACKOFF_SECONDS = 0.5
+REFUSED_SECONDS = 10.0  # until an agent that does not take our token is asked again
 _PREFIX = "agent "  # its name in the index, which has workers too, under their addresses
 
 
@@ -63,10 +64,14 @@ class Agents:
         complaint = ""
         try:
             while True:
+                pause_seconds = BACKOFF_SECONDS
                 try:
                     await self._watch(channel, address)
                 except TimeoutError:
                     complaint = _complain(address, f"it was silent for {SILENCE_SECONDS:g} s", complaint)
+                except Unauthenticated as error:
+                    complaint = _complain(address, error.message, complaint, logging.ERROR)
+                    pause_seconds = REFUSED_SECONDS
                 except RelevoError as error:
                     complaint = _complain(address, error.message, complaint)
                 except asyncio.CancelledError:
@@ -77,7 +82,7 @@ class Agents:
                 self._index.forget(_PREFIX + address)
                 if address not in self._num_workers:
                     return
-                await asyncio.sleep(BACKOFF_SECONDS)
+                await asyncio.sleep(pause_seconds)
         finally:
             self._following.discard(address)
             self._index.forget(_PREFIX + address)
@@ -114,8 +119,8 @@ class AgentBlocks:
         return next(((address, count) for count, address in self._most if address != agent_address), ("", 0))
 
 
-def _complain(address: str, reason: str, before: str) -> str:
+def _complain(address: str, reason: str, before: str, level: int = logging.INFO) -> str:
     """Once, and not at every attempt."""
     if reason != before:
-        logger.info("the blocks of kvtransfer agent %s are not known: %s", address, reason)
+        logger.log(level, "the blocks of kvtransfer agent %s are not known: %s", address, reason)
     return reason

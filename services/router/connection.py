@@ -149,7 +149,7 @@ class WorkerConnection:
         return True
 
     async def _get_info(self, channel: grpc.aio.Channel) -> worker_pb2.WorkerInfo:
-        """Raises Unauthenticated if our token or certificate is not taken, Mismatch, Unavailable."""
+        """Raises Unauthenticated if our token is not taken, Mismatch, Unavailable."""
         try:
             info = await self._ask(channel, wait_for_ready=True)
         except DeadlineExceeded:
@@ -174,7 +174,7 @@ class WorkerConnection:
             return await self._ask(channel, wait_for_ready=False)
         except Unavailable as error:
             if any(sign in error.message for sign in _NO_HANDSHAKE):
-                raise Unauthenticated(f"{error.message}; {_CHECK_TLS}") from error
+                raise Mismatch(f"{error.message}; {_CHECK_TLS}") from error
             raise
 
     async def _serve(self, channel: grpc.aio.Channel, info: worker_pb2.WorkerInfo) -> Unavailable:

@@ -27,6 +27,7 @@ class Fleet:
         self._security = security
         self._silence_seconds = silence_seconds
         self._workers: dict[str, dict[str, WorkerConnection]] = {PREFILL.name: {}, DECODE.name: {}}
+        self._model: ServedModel | None = None  # None: to be found anew
         self._discovered = {PREFILL.name: asyncio.Event(), DECODE.name: asyncio.Event()}
 
     @property
@@ -46,6 +47,11 @@ class Fleet:
 
     def model(self) -> ServedModel | None:
         """The smallest limits of all workers that were ever connected."""
+        if self._model is None:
+            self._model = self._find_model()
+        return self._model
+
+    def _find_model(self) -> ServedModel | None:
         infos = [worker.info for worker in self.workers if worker.info is not None]
         if not infos:
             return None
@@ -76,6 +82,7 @@ class Fleet:
             for address in running.keys() - addresses:
                 running.pop(address).cancel()
                 del workers[address]
+                self._model = None
             for address in sorted(addresses - running.keys()):
                 workers[address] = WorkerConnection(
                     address,
@@ -90,5 +97,6 @@ class Fleet:
             self._discovered[kind.name].set()
 
     def _tell(self) -> None:
+        self._model = None
         self.news.set()
         self.news = asyncio.Event()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -27,6 +30,16 @@ def copied(num_bytes: int, target_offset: int, source_offset: int, seed: int) ->
 
 def test_check_accepts_this_machine() -> None:
     assert check()
+
+
+def test_it_is_compiled_also_where_nothing_can_be_kept_on_disk() -> None:
+    """As in a container whose user has no home and may not write to the installation."""
+    code = "from relevo.kernels.checked_copy import check; assert check()"
+    nowhere = {**os.environ, "NUMBA_CACHE_LOCATOR_CLASSES": "ZipCacheLocator"}  # nothing here lies in an archive
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, env=nowhere)
+    assert result.returncode == 0, result.stderr
+    assert "set NUMBA_CACHE_DIR to a writable directory" in result.stderr
 
 
 @given(

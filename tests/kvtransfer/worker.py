@@ -6,8 +6,10 @@ Prints one line when it has what it came for, then waits until its standard inpu
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 
+from services.common.security import Security
 from services.kvtransfer.client import KvAgentClient, read_block
 
 from .blocks import BLOCK_BYTES, FINGERPRINT, block_data, names, write_and_seal
@@ -38,7 +40,7 @@ async def report(line: str) -> None:
 
 
 async def main(what: str, address: str, *labels: str) -> None:
-    client = KvAgentClient(address, f"{what}-0", "incarnation")
+    client = KvAgentClient(address, f"{what}-0", "incarnation", Security(os.environ.get("RELEVO_KV_TOKEN")))
     await client.attach(FINGERPRINT, BLOCK_BYTES)
     await {"publish": publish, "fetch": fetch}[what](client, list(labels))
     await client.close()

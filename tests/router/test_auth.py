@@ -19,10 +19,11 @@ from services.common.discovery import StaticDiscovery
 from services.common.grpc import make_channel
 from services.common.security import NO_SECURITY, Security
 from services.pb import worker_pb2, worker_pb2_grpc
-from services.router import connection
+from services.router import agents, connection
 from services.router.fleet import Fleet
 from services.router.request_stream import DECODE, PREFILL
-from tests.router.harness import BLOCK_SIZE, Harness, collect, make_request, until
+from tests.router.harness import BLOCK_SIZE, Harness, collect, make_request, names_of, until
+from tests.support.agents import running_agent
 from tests.support.certificates import identity
 from tests.support.fake_sessions import Journal
 from tests.support.fake_workers import FakeDecode, FakePrefill, FakeWorker, answer
@@ -34,7 +35,7 @@ WRONG = Security("another horse, another battery")
 
 
 @asynccontextmanager
-async def fleet_of(workers: Security, router: Security) -> AsyncIterator[Harness]:
+async def fleet_of(workers: Security, router: Security, agent_address: str = "") -> AsyncIterator[Harness]:
     """A prefill and a decode worker that ask for `workers`, and a router that comes with `router`. May be apart."""
     journal = Journal()
     fakes: Sequence[FakeWorker] = (
@@ -42,6 +43,7 @@ async def fleet_of(workers: Security, router: Security) -> AsyncIterator[Harness
         FakeDecode("decode-0", journal, block_size=BLOCK_SIZE, security=workers),
     )
     for fake in fakes:
+        fake.info.agent_address = agent_address or fake.info.agent_address
         await fake.start()
     prefill, decode = fakes
     fleet = Fleet(StaticDiscovery({"prefill": [prefill.address], "decode": [decode.address]}), security=router)
@@ -138,6 +140,30 @@ async def test_every_method_of_a_worker_asks_for_the_token_but_health() -> None:
             assert reply.status == health_pb2.HealthCheckResponse.SERVING
 
 
+async def test_agent_that_asks_for_the_token_is_followed_by_who_has_it(tmp_path: Path) -> None:
+    async with (
+        running_agent(tmp_path, transports=["tcp"], kv_token=TOKEN.token) as agent,
+        fleet_of(TOKEN, TOKEN, agent.address) as harness,
+    ):
+        for name in names_of(make_request(40)):
+            agent.store.held.add(name)
+        await until(lambda: harness.fleet.index.num_blocks(f"agent {agent.address}") == 10)
+
+
+async def test_agent_that_refuses_us_is_an_error_in_the_log_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agents, "REFUSED_SECONDS", 0.02)
+    asked = count_watches(monkeypatch)
+    async with (
+        running_agent(tmp_path, transports=["tcp"], kv_token=TOKEN.token) as agent,
+        fleet_of(NO_SECURITY, NO_SECURITY, agent.address),
+    ):
+        await until(lambda: len(asked) >= 4)
+    (said,) = [record for record in caplog.records if "of kvtransfer agent" in record.message]
+    assert said.levelname == "ERROR" and "set RELEVO_KV_TOKEN" in said.message
+
+
 async def test_certificates_let_the_router_in(certificates: Path) -> None:
     peer = identity(certificates, "peer")
     async with fleet_of(peer, peer) as harness:
@@ -157,6 +183,19 @@ async def test_wrong_certificate_is_said_to_be_one(
         with pytest.raises(Unavailable, match="--tls-cert, --tls-key and --tls-ca of the router"):
             await collect(harness.generate(8))
     assert {record.levelname for record in caplog.records if "waiting for" in record.message} == {"ERROR"}
+
+
+def count_watches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Attempts from now on to follow an agent: which one."""
+    asked: list[str] = []
+    watch = agents.Agents._watch
+
+    async def counted(self: agents.Agents, channel: grpc.aio.Channel, address: str) -> None:
+        asked.append(address)
+        await watch(self, channel, address)
+
+    monkeypatch.setattr(agents.Agents, "_watch", counted)
+    return asked
 
 
 def count_get_info(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:

@@ -14,6 +14,8 @@ from numba import types
 from numba.core import event
 from numba.extending import intrinsic as numba_intrinsic
 
+from relevo.kernels.disk_cache import kept_on_disk
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -29,7 +31,7 @@ def jit(function: Callable[P, R]) -> Callable[P, R]:
 
 def entry_point(function: Callable[P, R]) -> Callable[P, R]:
     """Compile at the first call from Python; releases the GIL, and keeps its machine code on disk."""
-    return cast("Callable[P, R]", _kept_on_disk(numba.njit, function, nogil=True, error_model="numpy"))
+    return cast("Callable[P, R]", kept_on_disk(numba.njit, function, nogil=True, error_model="numpy"))
 
 
 class CFunction(Protocol):
@@ -44,7 +46,7 @@ def callback(function: Callable[[int], None]) -> CFunction:
     It runs on threads that Python does not know: it must not raise, and must not own arrays.
     """
     signature = types.void(types.int64)
-    return cast(CFunction, _kept_on_disk(numba.cfunc, function, signature, error_model="numpy"))
+    return cast(CFunction, kept_on_disk(numba.cfunc, function, signature, error_model="numpy"))
 
 
 def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,14 +84,3 @@ class _Announcement(event.Listener):
 
     def on_end(self, event: Any) -> None:
         pass
-
-
-def _kept_on_disk(decorator: Callable[..., Any], function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Without a writable directory (beside the source, under the user's cache, or NUMBA_CACHE_DIR) only in memory."""
-    try:
-        return decorator(*args, cache=True, **options)(function)
-    except RuntimeError as error:
-        if "no locator available" not in str(error):
-            raise
-        logger.warning("%s; every process will compile it anew: set NUMBA_CACHE_DIR to a writable directory", error)
-        return decorator(*args, **options)(function)
