@@ -61,7 +61,7 @@ class FleetDispatcher:
         return self._fleet.model()
 
     def is_ready(self) -> bool:
-        return bool(self._fleet.connected(DECODE))
+        return bool(self._fleet.candidates(DECODE))
 
     def complaint(self) -> str:
         return self._fleet.complaints(DECODE)
@@ -263,7 +263,8 @@ class RoutedGeneration:
         if not self.record.routes:
             self._planner.log.add(self.record)
         best = placement.best
-        self.record.routes.append(Route(placement, best.ttft_ms, best.num_cached_tokens))
+        passed_over = self._fleet.passed_over()
+        self.record.routes.append(Route(placement, best.ttft_ms, best.num_cached_tokens, passed_over=passed_over))
 
     def _note_first_token(self) -> None:
         route = self.record.routes[-1]
