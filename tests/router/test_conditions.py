@@ -110,8 +110,12 @@ async def test_worker_that_refuses_again_and_again_is_kept_from_requests_until_a
         harness.connection("decode-0").breaker._half_open_at = 0.0  # the time is over
         await until_passed_over(harness)
         harness["decode-1"].behaviour.gates["token-1"] = gate = asyncio.Event()
-        held = [asyncio.create_task(serve(harness, first)) for first in range(21, 29)]
-        await harness.journal.wait("decode-0", "submit", 5)  # the trial, and others after it
+        first, held = 20, []
+        while len(harness.journal.all("decode-0", "submit")) < 5:  # the trial, and one after it
+            first += 1
+            num_before = len(harness.journal.names())
+            held.append(asyncio.create_task(serve(harness, first)))
+            await until(lambda num_before=num_before: len(harness.journal.names()) > num_before)  # type: ignore[misc]
         gate.set()
         await asyncio.gather(*held)
         assert harness.connection("decode-0").breaker.is_closed
