@@ -18,6 +18,7 @@ from services.router.config import RouterSettings
 from services.router.dispatch import FleetDispatcher
 from services.router.finding import make_discovery
 from services.router.fleet import Fleet
+from services.router.fleet_metrics import FleetCollector
 from services.router.http.app import EdgeConfig, create_app
 from services.router.http.server import bind, start_http
 from services.router.servicer import registration
@@ -37,6 +38,7 @@ async def serve(settings: RouterSettings, process: Process) -> None:
     )
     server = make_server([registration(fleet)], settings.host, settings.port, security)
     registry = make_registry()
+    registry.register(FleetCollector(fleet, asyncio.get_running_loop()))
     if settings.metrics_port is not None:
         _, stop_metrics = serve_metrics(registry, settings.host, settings.metrics_port)
         process.stack.callback(stop_metrics)

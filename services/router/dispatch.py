@@ -66,6 +66,9 @@ class FleetDispatcher:
     def complaint(self) -> str:
         return self._fleet.complaints(DECODE)
 
+    def warning(self) -> str:
+        return self._fleet.trouble
+
     def explain(self, request_id: str) -> Sequence[Mapping[str, Any]]:
         return [record.explain() for record in self._planner.log.find(request_id)]
 

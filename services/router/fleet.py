@@ -47,7 +47,7 @@ class Fleet:
     @property
     def workers(self) -> list[WorkerConnection]:
         """Connected or not."""
-        return [worker for of_kind in self._workers.values() for worker in of_kind.values()]
+        return [worker for of_kind in self._workers.values() for worker in list(of_kind.values())]
 
     def connected(self, kind: WorkerKind) -> list[WorkerConnection]:
         return [worker for worker in self._workers[kind.name].values() if worker.is_connected]

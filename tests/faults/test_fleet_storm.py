@@ -115,7 +115,7 @@ async def running(zygote: Zygote, model: Path, folder: Path) -> AsyncIterator[tu
         try:
             for role in ("prefill", "decode"):
                 for number in range(2):
-                    await workers.start(role, f"{role}-{number}")  # type: ignore[arg-type]  # mypy sees strings
+                    await workers.start(role, f"{role}-{number}")
             addresses = {name: forked.address for name, forked in workers.running.items()}
             async with router(
                 [addresses["decode-0"], addresses["decode-1"]],

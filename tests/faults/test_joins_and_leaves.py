@@ -83,7 +83,7 @@ async def staged(zygote: Zygote, model: Path, folder: Path, redis: RedisServer) 
 async def test_no_request_fails_while_workers_join_and_leave(
     zygote: Zygote, model: Path, tmp_path: Path, redis: RedisServer
 ) -> None:
-    prompts = make_prompts()
+    prompts = make_prompts()[::3]
     expected = transformers_greedy(model, prompts, NUM_TOKENS)
     is_over = False
     num_requests = num_moved = 0
