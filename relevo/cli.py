@@ -90,6 +90,7 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="port of the HTTP endpoint")] = 8000,
     prefill: Annotated[int, typer.Option(min=1, help="number of prefill workers")] = 1,
     decode: Annotated[int, typer.Option(min=1, help="number of decode workers")] = 1,
+    router_workers: Annotated[int, typer.Option(min=1, help="router processes, all on the same port")] = 1,
     topology: Annotated[
         Literal["disaggregated", "aggregated"],
         typer.Option(help="aggregated: no prefill workers, decode workers compute prompts themselves"),
@@ -105,6 +106,12 @@ def serve(
     kv_redis: Annotated[
         str | None, typer.Option(metavar="URL", help="Redis that keeps blocks; with a password: in RELEVO_KV_REDIS")
     ] = None,
+    offer_share: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="of decode's time, for keeping its blocks where all workers find them; 0: none"
+        ),
+    ] = 0.05,
     take_turns: Annotated[
         bool, typer.Option(help="several workers on the CPU compute one at a time, each with all threads")
     ] = True,
@@ -139,6 +146,7 @@ def serve(
         port=port,
         num_prefill=prefill,
         num_decode=decode,
+        num_routers=router_workers,
         topology=topology,
         kv_arena=str(parse_size_option("--kv-arena", kv_arena)),
         agent_options={
@@ -152,7 +160,7 @@ def serve(
         take_turns=take_turns,
         restart=restart,
         chaos=chaos,
-        worker_options=worker_flags(engine),
+        worker_options=worker_flags(engine) | {"offer-share": str(offer_share)},
         router_options={
             "served-model-name": ",".join(served_model_name or []),
             "salt-by-api-key": salt_by_api_key,
@@ -213,7 +221,7 @@ def _log_to_stderr(level: str) -> None:
 
 def _refuse_options_of_the_split(context: typer.Context) -> None:
     """Raises StartupError for what was given, on the command line or by --config, and would do nothing."""
-    for name in ("prefill", "kv_arena", "kv_disk", "kv_disk_bytes", "kv_redis"):
+    for name in ("prefill", "kv_arena", "kv_disk", "kv_disk_bytes", "kv_redis", "offer_share"):
         source = context.get_parameter_source(name)
         if source is not None and source.name != "DEFAULT":
             raise StartupError(

@@ -44,6 +44,7 @@ class StackConfig:
     port: int = 8000
     num_prefill: int = 1
     num_decode: int = 1
+    num_routers: int = 1
     topology: Topology = "disaggregated"
     kv_arena: str = "256MiB"
     api_key: str | None = None
@@ -100,11 +101,12 @@ class Stack:
         split = self.config.topology == "disaggregated"
         prefill_names = [f"prefill-{index}" for index in range(self.config.num_prefill if split else 0)]
         decode_names = [f"decode-{index}" for index in range(self.config.num_decode)]
-        names = ["kvtransfer"] * split + prefill_names + decode_names + ["router"]
+        router_names = ["router", *(f"router-{index}" for index in range(1, self.config.num_routers))]
+        names = ["kvtransfer"] * split + prefill_names + decode_names + router_names
         free = list(_free_ports(2 * len(names)))
         ports = dict(zip(names, free[: len(names)], strict=True))
         if self.config.metrics:
-            self.metrics_ports = dict(zip(names[:-1], free[len(names) :], strict=False))
+            self.metrics_ports = {name: free.pop() for name in names if name not in router_names}
         address = {name: f"127.0.0.1:{port}" for name, port in ports.items()}
 
         if self.config.take_turns and len(prefill_names + decode_names) > 1 and hasattr(os, "memfd_create"):
@@ -118,18 +120,20 @@ class Stack:
             for name in worker_names:
                 options = {**self.config.worker_options, "worker-id": name, "kv-agent": address.get("kvtransfer", "")}
                 self._spawn(role, name, ports[name], options)
-        self._spawn(
-            "router",
-            "router",
-            ports["router"],
-            {
-                **self.config.router_options,
-                "http-host": self.config.host,
-                "http-port": str(self.config.port),
-                "prefill": ",".join(address[name] for name in prefill_names),
-                "decode": ",".join(address[name] for name in decode_names),
-            },
-        )
+        for name in router_names:
+            self._spawn(
+                "router",
+                name,
+                ports[name],
+                {
+                    **self.config.router_options,
+                    "http-host": self.config.host,
+                    "http-port": str(self.config.port),
+                    "http-shared": len(router_names) > 1,
+                    "prefill": ",".join(address[name] for name in prefill_names),
+                    "decode": ",".join(address[name] for name in decode_names),
+                },
+            )
         self._await_ready()
         self._write_state()
 

@@ -10,6 +10,7 @@ from urllib.request import urlopen
 from prometheus_client import CollectorRegistry
 
 from services.common.discovery import StaticDiscovery
+from services.common.loop_lag import LoopLag
 from services.common.telemetry import render_metrics
 from services.router.fleet import Fleet
 from services.router.fleet_metrics import FleetCollector
@@ -46,6 +47,7 @@ async def test_workers_figures() -> None:
     async with running_local_decode() as running:
         registry = CollectorRegistry()
         registry.register(WorkerCollector(running.worker))
+        registry.register(LoopLag().metric)
         assert exported(render_metrics(registry)[0]) == documented("Workers")
 
 
@@ -54,4 +56,5 @@ async def test_routers_figures() -> None:
     registry.register(FleetCollector(Fleet(StaticDiscovery({})), asyncio.get_running_loop()))
     EdgeMetrics(registry)
     Predictions(registry)
+    registry.register(LoopLag().metric)
     assert exported(render_metrics(registry)[0]) == documented("Router")

@@ -3,9 +3,9 @@
 A split stack (one prefill, one decode worker) and then an aggregated one answer the same prompts, one at a time. Told
 apart are:
 
-- tail: from the first token until the last of the prompt's blocks is in decode's pool, checked: what the hand-over
-  costs beyond prefill's computing. All else of it happens while the next chunk is computed.
-- overlap: the share of the blocks that was there when the first token came. Not more than all chunks but the last.
+- tail: from the first token, when decode hears of it, until the last of the blocks is in decode's pool, checked:
+  what the hand-over costs beyond prefill's computing. All else of it happens while the next chunk is computed.
+- overlap: the share of the blocks that was there when decode heard of the first token.
 - copies: time that both workers' threads spent copying and checking.
 - TTFT split ÷ aggregated: all of it, with the calls, the announcing and the second engine's share of the machine.
 """

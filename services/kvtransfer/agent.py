@@ -11,6 +11,7 @@ from functools import partial
 from relevo.core.errors import StartupError
 from services.common.grpc import Registration, format_address, make_server
 from services.common.lifecycle import Process
+from services.common.loop_lag import LoopLag
 from services.common.security import read_security
 from services.common.telemetry import make_registry, serve_metrics
 from services.kvtransfer.arena import Arena
@@ -109,6 +110,9 @@ async def start_agent(settings: KvTransferSettings, process: Process) -> Agent:
     if settings.metrics_port is not None:
         registry = make_registry()
         registry.register(StoreCollector(store, tiers.tiers))
+        lag = LoopLag()
+        registry.register(lag.metric)
+        process.spawn(lag.run(), "loop lag")
         registry.register(LinkCollector(links, link_servicer, data_server))
         metrics_port, stop_metrics = serve_metrics(registry, settings.host, settings.metrics_port)
         process.stack.callback(stop_metrics)

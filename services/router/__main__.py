@@ -12,6 +12,7 @@ from relevo.model_files import GenerationDefaults, ModelFiles, generation_defaul
 from relevo.tokenizer import Tokenizer
 from services.common.grpc import make_server
 from services.common.lifecycle import Process, run_service
+from services.common.loop_lag import LoopLag
 from services.common.security import read_security
 from services.common.telemetry import make_registry, serve_metrics
 from services.router.config import RouterSettings
@@ -28,7 +29,7 @@ async def serve(settings: RouterSettings, process: Process) -> None:
     """Ports first, so that a taken one is said at once; then the model's files; then the workers."""
     security = read_security(settings)
     security.check_host(settings.host)
-    listener = bind(settings.http_host, settings.http_port)
+    listener = bind(settings.http_host, settings.http_port, shared=settings.http_shared)
     process.stack.callback(listener.close)
     fleet = Fleet(
         make_discovery(settings, process.stack),
@@ -39,6 +40,9 @@ async def serve(settings: RouterSettings, process: Process) -> None:
     server = make_server([registration(fleet)], settings.host, settings.port, security)
     registry = make_registry()
     registry.register(FleetCollector(fleet, asyncio.get_running_loop()))
+    lag = LoopLag()
+    registry.register(lag.metric)
+    process.spawn(lag.run(), "loop lag")
     if settings.metrics_port is not None:
         _, stop_metrics = serve_metrics(registry, settings.host, settings.metrics_port)
         process.stack.callback(stop_metrics)

@@ -19,6 +19,9 @@ class RouterSettings(FleetSettings, cli_prog_name="relevo-router"):
     port: int = Field(50050, ge=0, le=65535, description="gRPC port; 0: any that is free")
     http_host: str = Field("127.0.0.1", description="address on which the HTTP API listens")
     http_port: int = Field(8000, ge=0, le=65535, description="port of the HTTP API; 0: any that is free")
+    http_shared: bool = Field(
+        False, description="other routers may listen on the same HTTP port; each connection goes to one of them"
+    )
     model: str | None = Field(
         None, description="folder or Hugging Face id, for tokenizer and defaults; 'demo' or nothing: the bundled model"
     )

@@ -37,6 +37,7 @@ class Fleet:
         self._silence_seconds = silence_seconds
         self._stuck_seconds = stuck_seconds
         self._workers: dict[str, dict[str, WorkerConnection]] = {PREFILL.name: {}, DECODE.name: {}}
+        self._model: ServedModel | None = None  # None: to be found anew
         self._discovered = {PREFILL.name: asyncio.Event(), DECODE.name: asyncio.Event()}
 
     @property
@@ -87,6 +88,11 @@ class Fleet:
 
     def model(self) -> ServedModel | None:
         """The smallest limits of all workers that were ever connected."""
+        if self._model is None:
+            self._model = self._find_model()
+        return self._model
+
+    def _find_model(self) -> ServedModel | None:
         infos = [worker.info for worker in self.workers if worker.info is not None]
         if not infos:
             return None
@@ -121,6 +127,7 @@ class Fleet:
             await workers[address].wait_idle()
             running.pop(address).cancel()
             del workers[address], leaving[address]
+            self._model = None
 
         async for members in self._discovery.watch(kind.name):
             for address in running.keys() - members.keys() - leaving.keys():
@@ -150,5 +157,6 @@ class Fleet:
         )
 
     def _tell(self) -> None:
+        self._model = None
         self.news.set()
         self.news = asyncio.Event()

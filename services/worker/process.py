@@ -16,6 +16,7 @@ from relevo.engine.engine import Engine
 from relevo.engine.engine_thread import EngineThread
 from services.common.grpc import Registration, make_server
 from services.common.lifecycle import Process
+from services.common.loop_lag import LoopLag
 from services.common.security import read_security
 from services.common.telemetry import make_registry, serve_metrics
 from services.kvtransfer.client import KvAgentClient
@@ -91,6 +92,9 @@ async def serve_worker(
     if settings.metrics_port is not None:
         registry = make_registry()
         registry.register(WorkerCollector(worker))
+        lag = LoopLag()
+        registry.register(lag.metric)
+        process.spawn(lag.run(), "loop lag")
         _, stop_metrics = serve_metrics(registry, settings.host, settings.metrics_port)
         process.stack.callback(stop_metrics)
     if settings.discovery == "redis":

@@ -335,6 +335,34 @@ def test_aggregated_has_no_prefill_and_answers_the_same(split: Serve, tmp_path: 
         serve.kill()
 
 
+def test_two_routers_share_the_port_and_one_may_die() -> None:
+    serve = Serve("--topology", "aggregated", "--router-workers", "2", "--kv-cache-memory", "128MiB")
+    try:
+        assert [child.name for child in serve.children] == ["decode-0", "router", "router-1"]
+        ask = {"model": MODEL, "prompt": LONG_PROMPT, "max_tokens": 4, "temperature": 0}
+
+        def answers() -> set[tuple[str, str]]:
+            """From a connection each: what was said, and by which process (when it started tells)."""
+            found = set()
+            for _ in range(32):
+                with httpx.Client(base_url=serve.url, timeout=60) as client:
+                    said = client.post("/v1/completions", json=ask).raise_for_status().json()["choices"][0]["text"]
+                    [started] = re.findall(r"^process_start_time_seconds (\S+)$", client.get("/metrics").text, re.M)
+                    found.add((said, started))
+            return found
+
+        before = answers()
+        assert len({said for said, _ in before}) == 1
+        assert len({started for _, started in before}) == 2  # by chance all go to one: 1 in 2 billion
+        os.kill(serve.child("router-1").pid, signal.SIGKILL)
+        after = answers()  # of the other, and of the one that takes its place
+        assert {said for said, _ in after} == {said for said, _ in before}
+        code, error = serve.stop()
+        assert code == 0 and "router-1" in error
+    finally:
+        serve.kill()
+
+
 def test_launcher_that_is_killed_takes_its_children_along() -> None:
     before = arena_files()
     serve = Serve(*SMALL)

@@ -206,6 +206,8 @@ async def test_prefill_that_gives_up_leaves_the_rest_to_decode(pair: FakePair) -
     pair.prefill.thread.step_once()
     await until(lambda: pair.agent.store.table.audit().num_sealed == 4)
     await pair.cancel_prefill()
+    request = next(iter(pair.prefill.worker._listeners.values()))
+    await until(lambda: request._is_cancelled)  # type: ignore[attr-defined]  # looked into
     pair.prefill.thread.go()
     await pair.to_prefill.rest(1)
     await pair.give_first_token(EXPECTED[0])

@@ -24,6 +24,7 @@ from services.router.http.chat import ChatReply, create_chat_completion, render_
 from services.router.http.completions import CompletionReply, create_completion
 from services.router.http.errors import ErrorReply, JsonResponse, handle_http_exception, handle_relevo_error
 from services.router.http.exchange import Exchange, ExchangeLayer, handle_bug
+from services.router.http.hot_routes import HotRoute, HotRoutes, hot_routes
 from services.router.http.metrics import EdgeMetrics
 from services.router.http.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from services.router.http.serving import EdgeConfig, Serving, check_prompt, run_long
@@ -83,7 +84,27 @@ def create_app(
     api.include_router(_openai_routes(serving))
     api.include_router(_text_routes(serving))
     api.include_router(_operator_routes(serving))
-    return ExchangeLayer(api, config.api_key, metrics, salt_by_api_key=config.salt_by_api_key)
+    return ExchangeLayer(
+        HotRoutes(api, _hot(serving), config.max_body_bytes),
+        config.api_key,
+        metrics,
+        salt_by_api_key=config.salt_by_api_key,
+    )
+
+
+def _hot(serving: Serving) -> dict[str, HotRoute]:
+    """Of the routes below, those that generate."""
+
+    async def completions(request: Request, body: CompletionRequest) -> Response:
+        return await create_completion(serving, Exchange.of(request.scope), body)
+
+    async def chat_completions(request: Request, body: ChatRequest) -> Response:
+        return await create_chat_completion(serving, Exchange.of(request.scope), body)
+
+    return hot_routes(
+        HotRoute("/v1/completions", CompletionRequest, completions),
+        HotRoute("/v1/chat/completions", ChatRequest, chat_completions),
+    )
 
 
 def _openai_routes(serving: Serving) -> APIRouter:

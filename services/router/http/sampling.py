@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import TypeVar
 
@@ -87,29 +87,32 @@ def check_token_ids(sampling: SamplingParams, model: ServedModel) -> None:
                 )
 
 
-def choice_sampling(sampling: SamplingParams, max_tokens: int, seed: int, index: int) -> SamplingParams:
-    """The index-th choice for one prompt. Choice 0 takes the seed itself: asking for more changes no answer."""
-    if index > 0:
-        seed = int.from_bytes(sha256(f"{seed}:{index}".encode()).digest()[:8], "little") & MAX_SEED
-    return replace(sampling, max_tokens=max_tokens, seed=seed)
+def choice_seed(seed: int, index: int) -> int:
+    """Of the index-th choice for one prompt. Choice 0 takes the seed itself: asking for more changes no answer."""
+    if index == 0:
+        return seed
+    return int.from_bytes(sha256(f"{seed}:{index}".encode()).digest()[:8], "little") & MAX_SEED
 
 
 def draw_seed() -> int:
     return secrets.randbits(63)
 
 
-def sampling_to_proto(sampling: SamplingParams) -> messages_pb2.SamplingParams:
-    """Of resolved parameters: max_tokens and seed are set."""
-    assert sampling.max_tokens is not None
-    assert sampling.seed is not None
+def sampling_to_proto(
+    sampling: SamplingParams, *, max_tokens: int | None = None, seed: int | None = None
+) -> messages_pb2.SamplingParams:
+    """max_tokens, seed: resolved, where the parameters' own are not."""
+    max_tokens = sampling.max_tokens if max_tokens is None else max_tokens
+    seed = sampling.seed if seed is None else seed
+    assert max_tokens is not None and seed is not None
     return messages_pb2.SamplingParams(
-        max_tokens=sampling.max_tokens,
+        max_tokens=max_tokens,
         min_tokens=sampling.min_tokens,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=min(sampling.top_k, _MAX_UINT32),
         min_p=sampling.min_p,
-        seed=sampling.seed,
+        seed=seed,
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
         repetition_penalty=sampling.repetition_penalty,

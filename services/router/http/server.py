@@ -15,13 +15,18 @@ from relevo.core.errors import StartupError
 from services.common.lifecycle import Process
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket. Who connects before the server runs waits. Raises StartupError if it cannot be had."""
+def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """A listening socket. Who connects before the server runs waits. Raises StartupError if it cannot be had.
+
+    shared: other processes of this user may listen there as well; the kernel deals connections out among them
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if shared:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             listener.bind(address)
             listener.listen()
         except OSError:

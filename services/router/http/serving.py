@@ -21,7 +21,7 @@ from services.router.http.exchange import Exchange
 from services.router.http.explain import AnswerIds
 from services.router.http.metrics import EdgeMetrics
 from services.router.http.protocol import SamplingBody
-from services.router.http.sampling import TokenLimit, check_token_ids, choice_sampling, draw_seed, sampling_to_proto
+from services.router.http.sampling import TokenLimit, check_token_ids, choice_seed, draw_seed, sampling_to_proto
 from services.router.http.stream import EventWriter, GenerationResponse, WholeWriter
 
 _LONG_TEXT_CHARS = 16_384  # takes some 5 ms to tokenize: from here on the event loop does not wait for it
@@ -152,7 +152,7 @@ class Serving:
                 request = messages_pb2.GenerationRequest(
                     request_id=f"{answer_id}-{len(planned)}",
                     prompt_token_ids=prompt.token_ids,
-                    sampling=sampling_to_proto(choice_sampling(sampling, max_tokens, seed, nth)),
+                    sampling=sampling_to_proto(sampling, max_tokens=max_tokens, seed=choice_seed(seed, nth)),
                     cache_salt=exchange.key_salt + body.cache_salt,
                     timeout_ms=timeout_ms,
                 )
