@@ -10,7 +10,6 @@ from relevo import __version__
 from relevo.core.errors import InvalidRequest
 from relevo.model_files import GenerationDefaults, ModelFiles, generation_defaults, resolve_model
 from relevo.tokenizer import Tokenizer
-from services.common.discovery import StaticDiscovery
 from services.common.grpc import make_server
 from services.common.lifecycle import Process, run_service
 from services.common.loop_lag import LoopLag
@@ -18,7 +17,9 @@ from services.common.security import read_security
 from services.common.telemetry import make_registry, serve_metrics
 from services.router.config import RouterSettings
 from services.router.dispatch import FleetDispatcher
+from services.router.finding import make_discovery
 from services.router.fleet import Fleet
+from services.router.fleet_metrics import FleetCollector
 from services.router.http.app import EdgeConfig, create_app
 from services.router.http.server import bind, start_http
 from services.router.servicer import registration
@@ -30,9 +31,15 @@ async def serve(settings: RouterSettings, process: Process) -> None:
     security.check_host(settings.host)
     listener = bind(settings.http_host, settings.http_port, shared=settings.http_shared)
     process.stack.callback(listener.close)
-    fleet = Fleet(StaticDiscovery({"prefill": settings.prefill, "decode": settings.decode}), security=security)
+    fleet = Fleet(
+        make_discovery(settings, process.stack),
+        security=security,
+        silence_seconds=settings.silence_seconds,
+        stuck_seconds=settings.stuck_seconds,
+    )
     server = make_server([registration(fleet)], settings.host, settings.port, security)
     registry = make_registry()
+    registry.register(FleetCollector(fleet, asyncio.get_running_loop()))
     lag = LoopLag()
     registry.register(lag.metric)
     process.spawn(lag.run(), "loop lag")
@@ -55,7 +62,8 @@ async def serve(settings: RouterSettings, process: Process) -> None:
     await server.start()
     process.stack.push_async_callback(server.stop, settings.drain_seconds)
     await start_http(app, listener, process, settings.drain_seconds)
-    await fleet.wait_connected()
+    if settings.discovery == "static":
+        await fleet.wait_connected()  # others come and go: /health tells whether there are enough
     host, port = listener.getsockname()[:2]
     process.ready(address=server.address, http=f"http://{f'[{host}]' if ':' in host else host}:{port}")
     await asyncio.to_thread(_warm_up, tokenizer)  # only now: the workers had more use for the cores

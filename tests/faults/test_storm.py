@@ -35,14 +35,17 @@ def make_prompts() -> list[list[int]]:
     return [prefix + [numbers.randrange(3, 300) for _ in range(numbers.randint(1, 20))] for prefix in draw * 8]
 
 
-def transformers_greedy(path: Path, prompts: list[list[int]]) -> list[list[int]]:
+def transformers_greedy(path: Path, prompts: list[list[int]], num_tokens: int = NUM_TOKENS) -> list[list[int]]:
     """One by one, where nothing fails."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two would wait for one another all the time where others compute, too
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     answers = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_TOKENS, do_sample=False)
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False)
         answers.append(output[0, len(prompt) :].tolist())
+    torch.set_num_threads(num_threads)
     return answers
 
 

@@ -187,11 +187,12 @@ def _operator_routes(serving: Serving) -> APIRouter:
 
     @router.get("/health", responses=_ERRORS)
     async def health() -> Response:
-        """200 if a request could be served now, else 503."""
+        """200 if a request could be served now, else 503. `warning`: what is amiss all the same."""
         if not serving.dispatcher.is_ready():
             reason = serving.dispatcher.complaint() or "none is connected"
             raise Unavailable(f"no worker is ready to serve a request: {reason}")
-        return JsonResponse({"status": "ok"})
+        warning = serving.dispatcher.warning()
+        return JsonResponse({"status": "ok", "warning": warning} if warning else {"status": "ok"})
 
     @router.get("/debug/route/{request_id}", responses=_ERRORS)
     async def route(request_id: str) -> Response:

@@ -68,6 +68,7 @@ class FakeDispatcher:
         self.served: ServedModel | None = MODEL
         self.ready = True
         self.reason = ""
+        self.trouble = ""
         self.generations: list[FakeGeneration] = []
 
     def generate(self, request: messages_pb2.GenerationRequest) -> FakeGeneration:
@@ -84,6 +85,9 @@ class FakeDispatcher:
 
     def is_ready(self) -> bool:
         return self.ready
+
+    def warning(self) -> str:
+        return self.trouble
 
     def complaint(self) -> str:
         return self.reason
