@@ -358,7 +358,8 @@ def test_two_routers_share_the_port_and_one_may_die() -> None:
             for _ in range(32):
                 with httpx.Client(base_url=serve.url, timeout=60) as client:
                     said = client.post("/v1/completions", json=ask).raise_for_status().json()["choices"][0]["text"]
-                    [started] = re.findall(r"^relevo_event_loop_lag_seconds_created (\S+)$", client.get("/metrics").text, re.M)
+                    figures = client.get("/metrics").text
+                    [started] = re.findall(r"^relevo_event_loop_lag_seconds_created (\S+)$", figures, re.M)
                     found.add((said, started))
             return found
 
