@@ -7,6 +7,7 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 from relevo.core.block_hash import BlockHash
@@ -17,6 +18,8 @@ from relevo.engine.step_result import StepResult
 logger = logging.getLogger(__name__)
 
 Command = Callable[[Engine], None]
+
+_MEMORY = 0.98  # with each step, of the longest one: some hundred steps are remembered
 
 
 class EngineThread:
@@ -33,6 +36,9 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended: asyncio.Future[None] | None = None
+        # Of time.monotonic(); None while it waits for a command. Written by the thread, read by anybody.
+        self._step_began_at: float | None = None
+        self._longest_step_seconds = 0.0
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -54,6 +60,13 @@ class EngineThread:
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive()
+
+    def step_ages(self) -> tuple[float, float]:
+        """Seconds that the step in progress takes already, commands before it included, 0 if there is none; and that
+        the longest took, which is forgotten by and by. Any thread.
+        """
+        began_at = self._step_began_at
+        return 0.0 if began_at is None else time.monotonic() - began_at, self._longest_step_seconds
 
     def submit(self, request: Request) -> None:
         self._commands.put(lambda engine: engine.submit(request))
@@ -100,17 +113,22 @@ class EngineThread:
         idle = False
         load = self.engine.load()
         while True:
-            for command in self._drain(wait=idle):
+            commands = self._drain(wait=idle)
+            began_at = self._step_began_at = time.monotonic()
+            for command in commands:
                 if command is None:
                     return
                 command(self.engine)
             result = self.engine.step()
+            seconds = time.monotonic() - began_at
+            self._longest_step_seconds = max(seconds, _MEMORY * self._longest_step_seconds)
             # Nothing was scheduled: only a command can change that.
             idle = result.num_scheduled_tokens == 0
             # A release changes nothing but the load, and whoever places requests by it must hear of that too.
             if not result.is_empty or result.load != load:
                 self._tell(self._on_step, result)
             load = result.load
+            self._step_began_at = None
 
     def _drain(self, *, wait: bool) -> list[Command | None]:
         commands = [self._commands.get()] if wait else []

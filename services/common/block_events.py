@@ -59,6 +59,11 @@ class BlockEvents:
                 delta = worker_pb2.Delta(**{field: part})
                 self._publish(worker_pb2.BlockEvents(sequence=self._sequence, delta=delta))
 
+    def tell_load(self) -> None:
+        """To every watcher, now."""
+        for watcher in self._watchers:
+            watcher.wake()
+
     def close(self) -> None:
         """The worker goes away: every watcher's stream ends with UNAVAILABLE."""
         self._closed = True
@@ -115,12 +120,15 @@ class _Watcher:
         self._changed.set()
         return True
 
+    def wake(self) -> None:
+        self._changed.set()
+
     def end(self, error: RelevoError) -> None:
         self._error = error
         self._changed.set()
 
     async def next(self, timeout_seconds: float) -> worker_pb2.BlockEvents | None:
-        """The next event, or None when there was none for that long. Raises what it was ended with."""
+        """The next event; None when there was none for that long, or at wake(). Raises what it was ended with."""
         try:
             async with asyncio.timeout(timeout_seconds):
                 await self._changed.wait()
@@ -128,7 +136,7 @@ class _Watcher:
             return None
         if self._error is not None:
             raise self._error
-        event = self._pending.get_nowait()
+        event = self._pending.get_nowait() if not self._pending.empty() else None
         if self._pending.empty():
             self._changed.clear()
         return event

@@ -357,7 +357,7 @@ Global___Ended: _TypeAlias = Ended  # noqa: Y015
 
 @_typing.final
 class Load(_message.Message):
-    """What a worker measures on itself. Sent with every message of its streams."""
+    """What a worker measures on itself. Sent with every message of its streams; the last two on WatchBlocks alone."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -369,6 +369,9 @@ class Load(_message.Message):
     STEP_SECONDS_FIELD_NUMBER: _builtins.int
     STEP_SECONDS_PER_REQUEST_FIELD_NUMBER: _builtins.int
     TRANSFER_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
+    STEP_AGE_SECONDS_FIELD_NUMBER: _builtins.int
+    LONGEST_STEP_SECONDS_FIELD_NUMBER: _builtins.int
     num_running: _builtins.int
     """requests with KV, stepping"""
     num_waiting: _builtins.int
@@ -385,6 +388,12 @@ class Load(_message.Message):
     """what one more request in the batch adds to such a step; 0 = not measured yet"""
     transfer_bytes_per_second: _builtins.float
     """EWMA of blocks fetched from agents; 0 = not measured yet"""
+    draining: _builtins.bool
+    """it refuses new requests, finishes those that it has, and then ends"""
+    step_age_seconds: _builtins.float
+    """since the engine's step in progress began; 0 = there is none"""
+    longest_step_seconds: _builtins.float
+    """of the last hundred or so, forgotten by and by; 0 = none was made"""
     def __init__(
         self,
         *,
@@ -396,10 +405,13 @@ class Load(_message.Message):
         step_seconds: _builtins.float = ...,
         step_seconds_per_request: _builtins.float = ...,
         transfer_bytes_per_second: _builtins.float = ...,
+        draining: _builtins.bool = ...,
+        step_age_seconds: _builtins.float = ...,
+        longest_step_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_free_blocks", b"num_free_blocks", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens", "prefill_tokens_per_second", b"prefill_tokens_per_second", "step_seconds", b"step_seconds", "step_seconds_per_request", b"step_seconds_per_request", "transfer_bytes_per_second", b"transfer_bytes_per_second"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "longest_step_seconds", b"longest_step_seconds", "num_free_blocks", b"num_free_blocks", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens", "prefill_tokens_per_second", b"prefill_tokens_per_second", "step_age_seconds", b"step_age_seconds", "step_seconds", b"step_seconds", "step_seconds_per_request", b"step_seconds_per_request", "transfer_bytes_per_second", b"transfer_bytes_per_second"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

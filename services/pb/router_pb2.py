@@ -26,7 +26,7 @@ from services.pb import messages_pb2 as services_dot_pb_dot_messages__pb2
 from services.pb import worker_pb2 as services_dot_pb_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18services/pb/router.proto\x12\trelevo.v1\x1a\x1aservices/pb/messages.proto\x1a\x18services/pb/worker.proto\"\x14\n\x12ListWorkersRequest\";\n\x10ListWorkersReply\x12\'\n\x07workers\x18\x01 \x03(\x0b\x32\x16.relevo.v1.WorkerState\"\xa5\x01\n\x0bWorkerState\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x11\n\tconnected\x18\x02 \x01(\x08\x12#\n\x04info\x18\x03 \x01(\x0b\x32\x15.relevo.v1.WorkerInfo\x12\x1d\n\x04load\x18\x04 \x01(\x0b\x32\x0f.relevo.v1.Load\x12\x18\n\x10num_known_blocks\x18\x05 \x01(\r\x12\x14\n\x0cnum_requests\x18\x06 \x01(\r2S\n\x06Router\x12I\n\x0bListWorkers\x12\x1d.relevo.v1.ListWorkersRequest\x1a\x1b.relevo.v1.ListWorkersReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18services/pb/router.proto\x12\trelevo.v1\x1a\x1aservices/pb/messages.proto\x1a\x18services/pb/worker.proto\"\x14\n\x12ListWorkersRequest\";\n\x10ListWorkersReply\x12\'\n\x07workers\x18\x01 \x03(\x0b\x32\x16.relevo.v1.WorkerState\"\xb8\x01\n\x0bWorkerState\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x11\n\tconnected\x18\x02 \x01(\x08\x12#\n\x04info\x18\x03 \x01(\x0b\x32\x15.relevo.v1.WorkerInfo\x12\x1d\n\x04load\x18\x04 \x01(\x0b\x32\x0f.relevo.v1.Load\x12\x18\n\x10num_known_blocks\x18\x05 \x01(\r\x12\x14\n\x0cnum_requests\x18\x06 \x01(\r\x12\x11\n\tcondition\x18\x07 \x01(\t2S\n\x06Router\x12I\n\x0bListWorkers\x12\x1d.relevo.v1.ListWorkersRequest\x1a\x1b.relevo.v1.ListWorkersReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,7 +38,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTWORKERSREPLY']._serialized_start=115
   _globals['_LISTWORKERSREPLY']._serialized_end=174
   _globals['_WORKERSTATE']._serialized_start=177
-  _globals['_WORKERSTATE']._serialized_end=342
-  _globals['_ROUTER']._serialized_start=344
-  _globals['_ROUTER']._serialized_end=427
+  _globals['_WORKERSTATE']._serialized_end=361
+  _globals['_ROUTER']._serialized_start=363
+  _globals['_ROUTER']._serialized_end=446
 # @@protoc_insertion_point(module_scope)

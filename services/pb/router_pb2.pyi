@@ -65,12 +65,15 @@ class WorkerState(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     NUM_KNOWN_BLOCKS_FIELD_NUMBER: _builtins.int
     NUM_REQUESTS_FIELD_NUMBER: _builtins.int
+    CONDITION_FIELD_NUMBER: _builtins.int
     address: _builtins.str
     connected: _builtins.bool
     num_known_blocks: _builtins.int
     """names in the router's prefix index"""
     num_requests: _builtins.int
     """of this router, on this worker"""
+    condition: _builtins.str
+    """"ready", "lost", "leaving", "draining", "stuck" or "tripped" (its circuit breaker)"""
     @_builtins.property
     def info(self) -> _worker_pb2.WorkerInfo:
         """unset before the first connection"""
@@ -86,10 +89,11 @@ class WorkerState(_message.Message):
         load: _messages_pb2.Load | None = ...,
         num_known_blocks: _builtins.int = ...,
         num_requests: _builtins.int = ...,
+        condition: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "connected", b"connected", "info", b"info", "load", b"load", "num_known_blocks", b"num_known_blocks", "num_requests", b"num_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "condition", b"condition", "connected", b"connected", "info", b"info", "load", b"load", "num_known_blocks", b"num_known_blocks", "num_requests", b"num_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

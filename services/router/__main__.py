@@ -11,7 +11,6 @@ from relevo import __version__
 from relevo.core.errors import InvalidRequest
 from relevo.model_files import GenerationDefaults, ModelFiles, generation_defaults, resolve_model
 from relevo.tokenizer import Tokenizer
-from services.common.discovery import StaticDiscovery
 from services.common.grpc import make_server
 from services.common.lifecycle import Process, run_service
 from services.common.loop_lag import LoopLag
@@ -20,7 +19,9 @@ from services.common.telemetry import make_registry, serve_metrics
 from services.router.admission import AdmissionLimits
 from services.router.config import RouterSettings
 from services.router.dispatch import FleetDispatcher
+from services.router.finding import make_discovery
 from services.router.fleet import Fleet
+from services.router.fleet_metrics import FleetCollector
 from services.router.http.app import EdgeConfig, create_app
 from services.router.http.connection import ConnectionLimits
 from services.router.http.keys import KeyRing, plain_keys, read_keys_file
@@ -36,9 +37,15 @@ async def serve(settings: RouterSettings, process: Process) -> None:
     tls = load_tls(settings.http_tls_cert, settings.http_tls_key)
     listener = bind(settings.http_host, settings.http_port, shared=settings.http_shared)
     process.stack.callback(listener.close)
-    fleet = Fleet(StaticDiscovery({"prefill": settings.prefill, "decode": settings.decode}), security=security)
+    fleet = Fleet(
+        make_discovery(settings, process.stack),
+        security=security,
+        silence_seconds=settings.silence_seconds,
+        stuck_seconds=settings.stuck_seconds,
+    )
     server = make_server([registration(fleet)], settings.host, settings.port, security)
     registry = make_registry()
+    registry.register(FleetCollector(fleet, asyncio.get_running_loop()))
     lag = LoopLag()
     registry.register(lag.metric)
     process.spawn(lag.run(), "loop lag")
@@ -66,8 +73,12 @@ async def serve(settings: RouterSettings, process: Process) -> None:
     process.spawn(fleet.run(), "fleet")
     await server.start()
     process.stack.push_async_callback(server.stop, settings.drain_seconds)
-    await start_http(app, listener, process, _http_options(settings, tls), registry)
-    await fleet.wait_connected()
+    if not settings.http_shared:
+        await start_http(app, listener, process, _http_options(settings, tls), registry)
+    if settings.discovery == "static":
+        await fleet.wait_connected()  # others come and go: /health tells whether there are enough
+    if settings.http_shared:  # others answer meanwhile
+        await start_http(app, listener, process, _http_options(settings, tls), registry)
     host, port = listener.getsockname()[:2]
     scheme = "http" if tls is None else "https"
     process.ready(address=server.address, http=f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")

@@ -8,10 +8,10 @@ from typing import Literal, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from services.common.config import ByteSize, StringList
-from services.common.security import PeerSettings
+from services.common.discovery.settings import FleetSettings
 
 
-class RouterSettings(PeerSettings, cli_prog_name="relevo-router"):
+class RouterSettings(FleetSettings, cli_prog_name="relevo-router"):
     """The router: OpenAI's HTTP API in front of prefill and decode workers.
 
     Example: python -m services.router --model demo --prefill 127.0.0.1:50052 --decode 127.0.0.1:50053
@@ -30,9 +30,23 @@ class RouterSettings(PeerSettings, cli_prog_name="relevo-router"):
         default_factory=list,
         description="name under which clients ask for the model; may be repeated; --model's if none",
     )
-    discovery: Literal["static"] = Field("static", description="how workers are found; static: --prefill and --decode")
+    discovery: Literal["static", "redis", "dns"] = Field(
+        "static",
+        description="how workers are found; static: --prefill and --decode are they; dns: each of those names has an"
+        " address for each worker; redis: workers sign in at --redis-url",
+    )
     prefill: StringList = Field(default_factory=list, description="a prefill worker's host:port; may be repeated")
     decode: StringList = Field(default_factory=list, description="a decode worker's host:port; may be repeated")
+    dns_seconds: float = Field(5.0, ge=0.1, le=3600, description="of --discovery dns: how often names are resolved")
+    silence_seconds: float = Field(
+        15.0, ge=1.5, le=3600, description="a worker that says nothing for so long is dead; one that is well says more"
+    )
+    stuck_seconds: float = Field(
+        30.0,
+        gt=0,
+        le=86400,
+        description="an engine that is in one step for so long, and for four times as long as in any before, is stuck",
+    )
     api_key: SecretStr | None = Field(
         None, description="key that clients must send, or several: k1,k2; open to everybody if none"
     )
@@ -82,6 +96,12 @@ class RouterSettings(PeerSettings, cli_prog_name="relevo-router"):
 
     @model_validator(mode="after")
     def _check_workers(self) -> Self:
+        if self.discovery == "redis":
+            if self.redis_url is None:
+                raise ValueError("--discovery redis needs --redis-url (or RELEVO_REDIS_URL): redis://HOST:PORT/0")
+            if self.prefill or self.decode:
+                raise ValueError("--prefill and --decode are for --discovery static or dns: redis finds them itself")
+            return self
         if not self.decode:
             raise ValueError("--decode is missing: the host:port of at least one decode worker")
         if both := sorted(set(self.prefill) & set(self.decode)):

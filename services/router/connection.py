@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import grpc.aio
 
@@ -19,12 +20,15 @@ from services.common.security import NO_SECURITY, Security
 from services.pb import messages_pb2, worker_pb2, worker_pb2_grpc
 from services.router.agents import AgentBlocks, Agents
 from services.router.block_watch import BlockWatch
+from services.router.breaker import CircuitBreaker
 from services.router.request_stream import Command, RequestInbox, RequestStream, WorkerCall, WorkerKind
 
 logger = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 5.0  # how long one GetInfo waits for the worker to listen
 SILENCE_SECONDS = 15.0  # a worker says something every second; one that is silent for so long hangs
+STUCK_SECONDS = 30.0  # a step that takes so long, and STUCK_FACTOR times as long as any before, never ends
+STUCK_FACTOR = 4.0
 MIN_BACKOFF_SECONDS = 0.05
 MAX_BACKOFF_SECONDS = 1.0
 REFUSED_SECONDS = 10.0  # until one that does not want us is asked again: it may be started anew, with our token
@@ -34,11 +38,15 @@ _NO_HANDSHAKE = ("Tls handshake failed", "Socket closed")
 _CHECK_TLS = "--tls-cert, --tls-key and --tls-ca of the router and of this worker must fit each other"
 
 
+Condition = Literal["ready", "lost", "leaving", "draining", "stuck", "tripped"]
+
+
 class WorkerConnection:
     """One channel: GetInfo, then a watch over its blocks and the stream of requests, until the stream breaks; again.
 
     info: of the last connection, None before the first
     complaint: why there is no connection; None if there is one, or none was tried
+    is_leaving: discovery names it no longer: what is there ends there, and nothing new begins
     """
 
     def __init__(
@@ -50,18 +58,24 @@ class WorkerConnection:
         *,
         security: Security = NO_SECURITY,
         silence_seconds: float = SILENCE_SECONDS,
+        stuck_seconds: float = STUCK_SECONDS,
         on_connected: Callable[[], None] = lambda: None,
     ) -> None:
         self.address = address
         self.kind = kind
         self.info: worker_pb2.WorkerInfo | None = None
         self.complaint: str | None = None
+        self.is_leaving = False
         self.load = WorkerLoad(messages_pb2.Load())
+        self.breaker = CircuitBreaker()
         self._index = index
         self._agents = agents
         self._on_connected = on_connected
         self._security = security
         self._silence_seconds = silence_seconds
+        self._stuck_seconds = stuck_seconds
+        self._is_stuck = False  # by its last word, which may be of the last connection
+        self._discovered_incarnation = ""
         self._stream: RequestStream | None = None
         self._connected = asyncio.Event()
         self._is_refused = False
@@ -75,8 +89,34 @@ class WorkerConnection:
         """Of this router, on this worker."""
         return self._stream.num_requests if self._stream is not None else 0
 
+    def condition(self, now: float) -> Condition:
+        """Whether requests may be placed here, or why not. now: on the event loop's clock."""
+        if self._stream is None:
+            return "lost"
+        if self.is_leaving:
+            return "leaving"
+        if self.load.report.draining:
+            return "draining"
+        if self._is_stuck:
+            return "stuck"
+        return "ready" if self.breaker.allows(now) else "tripped"
+
     async def wait_connected(self) -> None:
         await self._connected.wait()
+
+    async def wait_idle(self) -> None:
+        """Until no request of ours is there, if only because the connection broke."""
+        if self._stream is not None:
+            await self._stream.idle.wait()
+
+    def discovered(self, incarnation: str) -> None:
+        """What discovery says now of who listens there; "" = nothing.
+
+        A process that has lost its address to another one may never say so: its host may be off.
+        """
+        before, self._discovered_incarnation = self._discovered_incarnation, incarnation
+        if self._stream is not None and self.info is not None and before == self.info.incarnation != incarnation:
+            self._stream.break_off(Unavailable(f"{self.address}: another process has taken its place"))
 
     def submit(self, command: Command, inbox: RequestInbox, work: PromptWork) -> WorkerCall:
         """A new request on this worker. Raises Unavailable if it is not connected."""
@@ -145,7 +185,11 @@ class WorkerConnection:
             return False
         self._is_refused, self.complaint = False, None
         reason = await self._serve(channel, info)
-        logger.warning("lost %s worker %s: %s", self.kind.name, info.worker_id, reason.message)
+        if self.is_leaving or self.load.report.draining:
+            logger.info("%s worker %s has left: %s", self.kind.name, info.worker_id, reason.message)
+        else:
+            logger.warning("lost %s worker %s: %s", self.kind.name, info.worker_id, reason.message)
+            self.breaker.failed(asyncio.get_running_loop().time())
         return True
 
     async def _get_info(self, channel: grpc.aio.Channel) -> worker_pb2.WorkerInfo:
@@ -179,12 +223,15 @@ class WorkerConnection:
 
     async def _serve(self, channel: grpc.aio.Channel, info: worker_pb2.WorkerInfo) -> Unavailable:
         """One connection's life."""
-        if self.info is None or self.info.incarnation != info.incarnation:
+        is_same = self.info is not None and self.info.incarnation == info.incarnation
+        if not is_same:
             self._index.forget(self.address)  # another process: it has none of what the old one had
+            self._is_stuck = False
         self.info = info
-        # Whatever was sent is gone. Until it reports: idle, all free.
-        self.load = WorkerLoad(messages_pb2.Load(num_free_blocks=info.num_blocks))
-        stream = RequestStream(self.kind, channel, f"{self.kind.name} worker {info.worker_id}", self.load)
+        # Whatever was sent is gone. Until it reports: idle, all free. Who drains does so to the end.
+        draining = is_same and self.load.report.draining
+        self.load = WorkerLoad(messages_pb2.Load(num_free_blocks=info.num_blocks, draining=draining))
+        stream = RequestStream(self.kind, channel, f"{self.kind.name} worker {info.worker_id}", self.load, self.breaker)
         async with asyncio.TaskGroup() as tasks:
             watch = tasks.create_task(self._watch(channel, stream))
             self._stream = stream
@@ -204,7 +251,7 @@ class WorkerConnection:
         """Keeps the index right as long as the connection lasts. Silence ends the connection; the rest a new watch."""
         while True:
             try:
-                await self._follow(channel)
+                await self._follow(channel, stream)
             except TimeoutError:
                 stream.break_off(Unavailable(f"{self.address} was silent for {self._silence_seconds:g} s"))
                 return
@@ -217,7 +264,7 @@ class WorkerConnection:
                 # gRPC raises it also when it was the peer who ended the call with CANCELLED.
             await asyncio.sleep(MIN_BACKOFF_SECONDS)
 
-    async def _follow(self, channel: grpc.aio.Channel) -> None:
+    async def _follow(self, channel: grpc.aio.Channel, stream: RequestStream) -> None:
         """One WatchBlocks call, to its end. Raises TimeoutError on silence, EventGap, or what ended the call."""
         watch = BlockWatch(self._index, self.address)
         watching = worker_pb2_grpc.WorkerStub(channel).WatchBlocks(worker_pb2.WatchBlocksRequest())
@@ -229,4 +276,18 @@ class WorkerConnection:
                     return  # EOF
                 if event.HasField("load"):
                     self.load.reported(event.load, asyncio.get_running_loop().time())
+                    self._judge_step(event.load, stream)
                 watch.apply(event)
+
+    def _judge_step(self, load: messages_pb2.Load, stream: RequestStream) -> None:
+        """A worker whose engine hangs answers and says so, but serves nobody: its requests go on elsewhere.
+
+        The connection is made anew, to hear when it goes on: until then nothing is placed there.
+        """
+        limit_seconds = max(self._stuck_seconds, STUCK_FACTOR * load.longest_step_seconds)
+        was_stuck, self._is_stuck = self._is_stuck, load.step_age_seconds > limit_seconds
+        if self._is_stuck and not was_stuck:
+            stream.break_off(Unavailable(f"{self.address} is stuck: in one step for {load.step_age_seconds:.1f} s"))
+        elif was_stuck and not self._is_stuck:
+            logger.info("%s worker %s is not stuck any more", self.kind.name, self.address)
+            self._on_connected()

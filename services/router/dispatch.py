@@ -61,10 +61,13 @@ class FleetDispatcher:
         return self._fleet.model()
 
     def is_ready(self) -> bool:
-        return bool(self._fleet.connected(DECODE))
+        return bool(self._fleet.candidates(DECODE))
 
     def complaint(self) -> str:
         return self._fleet.complaints(DECODE)
+
+    def warning(self) -> str:
+        return self._fleet.trouble
 
     def explain(self, request_id: str) -> Sequence[Mapping[str, Any]]:
         return [record.explain() for record in self._planner.log.find(request_id)]
@@ -267,7 +270,8 @@ class RoutedGeneration:
         if not self.record.routes:
             self._planner.log.add(self.record)
         best = placement.best
-        self.record.routes.append(Route(placement, best.ttft_ms, best.num_cached_tokens))
+        passed_over = self._fleet.passed_over()
+        self.record.routes.append(Route(placement, best.ttft_ms, best.num_cached_tokens, passed_over=passed_over))
 
     def _note_first_token(self) -> None:
         route = self.record.routes[-1]

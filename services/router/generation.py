@@ -81,3 +81,6 @@ class Dispatcher(Protocol):
 
     def complaint(self) -> str:
         """What keeps it from being ready, as far as that is known."""
+
+    def warning(self) -> str:
+        """What is amiss while requests are served; "" if nothing is."""

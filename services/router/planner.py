@@ -26,9 +26,9 @@ class Planner:
     async def place(self, prompt: Prompt, num_tokens: int, without: Collection[str], now: float) -> Placement | None:
         """without: incarnations of decode workers that have refused. now: on the event loop's clock."""
         fleet = self.fleet
-        prefills = fleet.connected(PREFILL)
+        prefills = fleet.candidates(PREFILL)
         decodes = [
-            worker for worker in fleet.connected(DECODE) if worker.info and worker.info.incarnation not in without
+            worker for worker in fleet.candidates(DECODE) if worker.info and worker.info.incarnation not in without
         ]
         await prompt.hash_for(worker.info for worker in [*prefills, *decodes] if worker.info is not None)
         known: dict[int, tuple[dict[str, int], AgentBlocks]] = {}  # by the list of names: what the index says of it

@@ -15,10 +15,12 @@ from relevo.core.worker_load import PromptWork, WorkerLoad
 from services.common.errors import relevo_errors
 from services.common.grpc import MAX_MESSAGE_BYTES
 from services.pb import decode_pb2, decode_pb2_grpc, messages_pb2, prefill_pb2, prefill_pb2_grpc, worker_pb2
+from services.router.breaker import CircuitBreaker
 from services.router.inbox import Inbox
 
 MAX_PENDING_SUBMITS = 1024
 _FIRST_TOKENS = frozenset({"first_token", "tokens"})  # updates that say that the prompt is computed
+_UNAVAILABLE = grpc.StatusCode.UNAVAILABLE.value[0]
 MAX_COMMAND_BYTES = MAX_MESSAGE_BYTES - 4096  # what is added on the way, such as a ticket's numbers, has room
 
 Command: TypeAlias = prefill_pb2.PrefillCommand | decode_pb2.DecodeCommand
@@ -78,8 +80,16 @@ class RequestStream:
     """Multiplexes requests by handle. run() lives as long as the stream; when it returns every call has ended."""
 
     def __init__(
-        self, kind: WorkerKind, channel: grpc.aio.Channel, peer: str, load: WorkerLoad[messages_pb2.Load]
+        self,
+        kind: WorkerKind,
+        channel: grpc.aio.Channel,
+        peer: str,
+        load: WorkerLoad[messages_pb2.Load],
+        breaker: CircuitBreaker,
     ) -> None:
+        self.idle = asyncio.Event()  # no request is on it
+        self.idle.set()
+        self._breaker = breaker
         self._kind = kind
         self._peer = peer
         self._load = load
@@ -108,6 +118,8 @@ class RequestStream:
         call = WorkerCall(self, self._next_handle, inbox)
         self._next_handle += 1
         self._calls[call.handle] = call
+        self.idle.clear()
+        self._breaker.sent(call.handle)
         self._load.sent(call.handle, work, asyncio.get_running_loop().time())
         self.send(call.handle, command)
         return call
@@ -174,13 +186,24 @@ class RequestStream:
             return  # cancelled while this was on its way
         kind = update.WhichOneof("update")
         if kind == "ended":
+            self._judge(call, update.ended)
             self._forget(call)
         elif kind in _FIRST_TOKENS:
             self._load.computed(call.handle, asyncio.get_running_loop().time())
+            self._breaker.worked(call.handle)
         if not call.inbox.put((call, update)):
             self.cancel(call)
+
+    def _judge(self, call: WorkerCall, ended: messages_pb2.Ended) -> None:
+        if ended.error.code != _UNAVAILABLE:
+            self._breaker.worked(call.handle)
+        elif not self._load.report.draining:
+            self._breaker.failed(asyncio.get_running_loop().time())
 
     def _forget(self, call: WorkerCall) -> None:
         call.ended = True
         del self._calls[call.handle]
+        self._breaker.left(call.handle)
+        if not self._calls:
+            self.idle.set()
         self._load.ended(call.handle, asyncio.get_running_loop().time())

@@ -33,6 +33,7 @@ _TOKEN_BUCKETS = (0, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
 class Route:
     """One try at serving a request. Milliseconds; None: not known yet, or never to be.
 
+    passed_over: addresses of workers that were no candidates, and why
     predicted: as long as the request has not had its first token from there, only the prediction is known
     """
 
@@ -42,6 +43,7 @@ class Route:
     actual_ttft_ms: float | None = None
     actual_cached_tokens: int | None = None
     refused: str | None = None  # why the worker was left for another
+    passed_over: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -170,6 +172,7 @@ def _explain(route: Route, max_candidates: int | None) -> Mapping[str, Any]:
         "predicted_cached_tokens": route.predicted_cached_tokens,
         "actual_cached_tokens": route.actual_cached_tokens,
         "refused": route.refused,
+        "passed_over": route.passed_over,
         "candidates": [
             {name: round(value, 3) if isinstance(value, float) else value for name, value in asdict(candidate).items()}
             for candidate in shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import grpc.aio
@@ -18,6 +19,7 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
     async def ListWorkers(
         self, request: router_pb2.ListWorkersRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> router_pb2.ListWorkersReply:
+        now = asyncio.get_running_loop().time()
         return router_pb2.ListWorkersReply(
             workers=[
                 router_pb2.WorkerState(
@@ -27,6 +29,7 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
                     load=worker.load.report,
                     num_known_blocks=self._fleet.index.num_blocks(worker.address),
                     num_requests=worker.num_requests,
+                    condition=worker.condition(now),
                 )
                 for worker in self._fleet.workers
             ]

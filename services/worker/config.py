@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from relevo.engine.config import AttentionBackend, Device, Dtype, EngineConfig, LoadFormat, Quantization
 from services.common.config import ByteSize
-from services.common.security import PeerSettings
+from services.common.discovery.settings import FleetSettings
 
 
-class WorkerSettings(PeerSettings):
+class WorkerSettings(FleetSettings):
     """Settings of a prefill or decode worker."""
 
     worker_id: str = Field("", description="stable name, e.g. decode-0; by default the role and the port")
     model: str | None = Field(None, description="Hugging Face id or local folder; by default the demo model")
+    discovery: Literal["static", "redis"] = Field(
+        "static", description="how routers find this worker; static: they are told; redis: it signs in at --redis-url"
+    )
+    advertise_address: str = Field(
+        "", description="of --discovery redis: host:port under which routers reach this worker; by default --host"
+    )
     served_model_name: str | None = Field(None, description="name under which the model is known; by default --model")
     dtype: Dtype = Field("auto", description="of weights, activations and KV; auto: the checkpoint's")
     max_model_len: int | None = Field(None, ge=1, description="tokens, prompt and output; by default the model's")

@@ -31,6 +31,8 @@ class WorkerCollector(Collector):
                 load.prefill_tokens_per_second,
             ),
             ("step_seconds", "Mean duration of recent steps", load.step_seconds),
+            ("step_age_seconds", "How long the step in progress takes already", self._worker.thread.step_ages()[0]),
+            ("draining", "1: shutting down, and refusing new requests", int(load.draining)),
         ):
             yield GaugeMetricFamily(f"relevo_worker_{name}", text, value=value)
         yield CounterMetricFamily(

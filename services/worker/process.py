@@ -24,6 +24,7 @@ from services.pb import worker_pb2, worker_pb2_grpc
 from services.worker.config import WorkerSettings
 from services.worker.metrics import WorkerCollector
 from services.worker.servicer import WorkerServicer
+from services.worker.sign_in import check_sign_in, sign_in
 from services.worker.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ async def serve_worker(
     """Load, attach, listen, report ready. What is started is stopped in reverse order at shutdown."""
     security = read_security(settings)
     security.check_host(settings.host)
+    check_sign_in(settings)
     # Before minutes of loading: a port that is taken shows at once.
     server = make_server([], settings.host, settings.port, security)
     worker_id = settings.worker_id or f"{process.role}-{server.port}"
@@ -95,6 +97,9 @@ async def serve_worker(
         process.spawn(lag.run(), "loop lag")
         _, stop_metrics = serve_metrics(registry, settings.host, settings.metrics_port)
         process.stack.callback(stop_metrics)
+    if settings.discovery == "redis":
+        sign_in(settings, process, worker_info, server.address)
+    process.stack.callback(worker.begin_drain)  # before anything that waits: routers place nothing here from then on
     process.ready(address=server.address, id=worker_id)
 
 

@@ -49,7 +49,7 @@ class Worker:
         self.transfers = Transfers()
         self.on_stored: Callable[[Sequence[BlockHash]], None] | None = None
         self.load = Load(num_free_blocks=engine.info.num_blocks)
-        self.block_events = BlockEvents(lambda: self.load)
+        self.block_events = BlockEvents(self._load_now)
         self.num_registered = 0
         self._listeners: dict[str, Listener] = {}
         self._waiting: set[str] = set()  # of _listeners: those that have no blocks yet
@@ -126,9 +126,15 @@ class Worker:
         finally:
             self._sessions.discard(stream)
 
+    def begin_drain(self) -> None:
+        """Refuse what is new, and tell routers at once, so that they don't even ask."""
+        self._draining = True
+        self.load.draining = True
+        self.block_events.tell_load()
+
     async def drain(self, seconds: float) -> None:
         """Refuse what is new, let what runs end within `seconds`, cancel the rest, and end the streams."""
-        self._draining = True
+        self.begin_drain()
         if self._engine_is_dead:
             return  # nothing can end any more; the streams break when the server stops, and their routers go elsewhere
         try:
@@ -148,6 +154,7 @@ class Worker:
 
     def _on_step(self, result: StepResult) -> None:
         self.load = load_to_pb(result.load, self.transfers.bytes_per_second)
+        self.load.draining = self._draining
         if result.removed or result.stored:
             self.block_events.apply(result.removed, result.stored)
         if result.stored and self.on_stored is not None:
@@ -158,6 +165,13 @@ class Worker:
         for events in (result.reserved, result.computed, result.tokens, result.ended):
             for event in events:
                 self._tell(event)
+
+    def _load_now(self) -> Load:
+        """With what changes while no step ends."""
+        load = Load()
+        load.CopyFrom(self.load)
+        load.step_age_seconds, load.longest_step_seconds = self.thread.step_ages()
+        return load
 
     def _tell(self, event: Event) -> None:
         self._waiting.discard(event.request_id)

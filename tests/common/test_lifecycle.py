@@ -95,5 +95,5 @@ def test_shutdown_that_gets_stuck_is_forced() -> None:
 
 async def test_static_discovery_yields_its_addresses_once() -> None:
     discovery = StaticDiscovery({"decode": ["a:1", "b:2"]})
-    assert [addresses async for addresses in discovery.watch("decode")] == [frozenset({"a:1", "b:2"})]
-    assert [addresses async for addresses in discovery.watch("prefill")] == [frozenset()]
+    assert [members async for members in discovery.watch("decode")] == [{"a:1": "", "b:2": ""}]
+    assert [members async for members in discovery.watch("prefill")] == [{}]

@@ -12,7 +12,7 @@ from relevo.core.sampling_params import SamplingParams
 from services.common.discovery import StaticDiscovery
 from services.common.grpc import make_channel
 from services.pb import kvtransfer_pb2, kvtransfer_pb2_grpc
-from services.router.connection import WorkerConnection
+from services.router.connection import SILENCE_SECONDS, STUCK_SECONDS, WorkerConnection
 from services.router.dispatch import FleetDispatcher
 from services.router.fleet import Fleet
 from services.router.request_stream import DECODE, PREFILL, WorkerKind
@@ -55,6 +55,7 @@ class Clients(Router):
     """A router without its HTTP edge."""
 
     def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
         super().__init__(FleetDispatcher(fleet, [EOS], SPLIT_WHENEVER_POSSIBLE), fleet)
 
     def busy(self, kind: WorkerKind) -> str:
@@ -79,9 +80,16 @@ def _is_whole(worker: WorkerConnection) -> bool:
 
 
 @asynccontextmanager
-async def router(decodes: Sequence[str], prefills: Sequence[str]) -> AsyncIterator[Clients]:
+async def router(
+    decodes: Sequence[str],
+    prefills: Sequence[str],
+    *,
+    silence_seconds: float = SILENCE_SECONDS,
+    stuck_seconds: float = STUCK_SECONDS,
+) -> AsyncIterator[Clients]:
     """Connected to the workers at these addresses. It splits whatever can be split."""
-    fleet = Fleet(StaticDiscovery({"decode": list(decodes), "prefill": list(prefills)}))
+    discovery = StaticDiscovery({"decode": list(decodes), "prefill": list(prefills)})
+    fleet = Fleet(discovery, silence_seconds=silence_seconds, stuck_seconds=stuck_seconds)
     run = asyncio.create_task(fleet.run())
     try:
         async with asyncio.timeout(TIMEOUT_SECONDS):

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import socket
-import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +18,10 @@ from relevo.core.errors import StartupError
 
 pytest.importorskip("redis", reason="the extra relevo[redis] is not installed")
 
-import redis as redis_client
-
 from services.kvtransfer.tiers import redis_tier
 from services.kvtransfer.tiers.record import HEADER_BYTES
 from services.kvtransfer.tiers.redis_tier import KEY_PREFIX, RedisTier
+from tests.support.redis_server import RedisServer, running_redis
 
 from .blocks import BLOCK_BYTES, block_data, fetch_all, names, publish_all, sealed, until, until_unused
 from .conftest import Connect, StartAgent
@@ -36,38 +32,10 @@ VALUE_BYTES = HEADER_BYTES + BLOCK_BYTES
 OpenTier = Callable[..., Awaitable[RedisTier]]
 
 
-@dataclass
-class RedisServer:
-    url: str
-    client: Any  # redis.Redis: its types leave open what is awaitable
-
-
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[RedisServer]:
-    """A redis-server of our own."""
-    binary = shutil.which("redis-server")
-    if binary is None:
-        pytest.skip("redis-server is not installed: apt-get install redis-server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    flags = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(tmp_path)]
-    process = subprocess.Popen([binary, *flags], stdout=subprocess.DEVNULL)
-    client = redis_client.Redis(port=port)
-    try:
-        deadline = time.monotonic() + 10
-        while True:
-            try:
-                client.ping()
-                break
-            except redis_client.ConnectionError:
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-        yield RedisServer(f"redis://127.0.0.1:{port}/0", client)
-    finally:
-        client.close()
-        process.terminate()
-        process.wait(10)
+    with running_redis(tmp_path) as server:
+        yield server
 
 
 @pytest.fixture

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 
 from relevo.core.errors import Unavailable
+from services.common.discovery import Members
 from services.pb import router_pb2
+from services.router.dispatch import FleetDispatcher
 from services.router.fleet import Fleet
 from services.router.servicer import RouterServicer
 from tests.router.harness import Harness, collect, make_request, names_of, running, until
@@ -96,15 +98,20 @@ async def test_limits_are_the_smallest_of_all_workers() -> None:
 class ChangingDiscovery:
     """Says of decode workers what the test puts in."""
 
-    def __init__(self) -> None:
-        self.decode: asyncio.Queue[frozenset[str]] = asyncio.Queue()
+    trouble = ""
 
-    async def watch(self, role: str) -> AsyncIterator[frozenset[str]]:
+    def __init__(self) -> None:
+        self.decode: asyncio.Queue[Members] = asyncio.Queue()
+
+    async def watch(self, role: str) -> AsyncIterator[Members]:
         if role == "prefill":
-            yield frozenset()
+            yield {}
             return
         while True:
             yield await self.decode.get()
+
+    async def run(self) -> None:
+        pass
 
 
 async def test_workers_come_and_go_with_discovery() -> None:
@@ -114,12 +121,12 @@ async def test_workers_come_and_go_with_discovery() -> None:
     await second.start()
     fleet = Fleet(discovery)
     run = asyncio.create_task(fleet.run())
-    discovery.decode.put_nowait(frozenset({first.address}))
+    discovery.decode.put_nowait({first.address: ""})
     await fleet.wait_connected()
     assert [worker.address for worker in fleet.workers] == [first.address]
     first.store(names_of(make_request(8)))
     await until(lambda: fleet.index.num_blocks(first.address) == 2)
-    discovery.decode.put_nowait(frozenset({second.address}))
+    discovery.decode.put_nowait({second.address: ""})
     await journal.wait("decode-1", "watch")
     await journal.wait("decode-0", "stream_end")
     await until(lambda: fleet.index.num_blocks(first.address) == 0)
@@ -131,13 +138,75 @@ async def test_workers_come_and_go_with_discovery() -> None:
     await second.stop()
 
 
+async def test_worker_that_leaves_the_list_ends_what_it_has() -> None:
+    journal, discovery = Journal(), ChangingDiscovery()
+    worker = FakeDecode("decode-0", journal)
+    gate = worker.behaviour.gates["token-2"] = asyncio.Event()
+    await worker.start()
+    async with fleet_over(discovery) as fleet:
+        discovery.decode.put_nowait({worker.address: ""})
+        await fleet.wait_connected()
+        dispatcher = FleetDispatcher(fleet)
+        running = asyncio.create_task(collect(dispatcher.generate(make_request(8))))
+        await journal.wait("decode-0", "submit")
+        discovery.decode.put_nowait({})
+        await until(lambda: fleet.passed_over() == {worker.address: "leaving"})
+        with pytest.raises(Unavailable, match="is leaving"):
+            await collect(dispatcher.generate(make_request(8, first=2)))
+        discovery.decode.put_nowait({worker.address: ""})  # it had only lost its lease
+        await until(lambda: not fleet.passed_over())
+        discovery.decode.put_nowait({})
+        await until(lambda: bool(fleet.passed_over()))
+        gate.set()
+        tokens, _ = await running
+        assert tokens == answer(make_request(8))
+        await journal.wait("decode-0", "stream_end")
+        await until(lambda: not fleet.workers)
+    await worker.stop()
+
+
+async def test_process_that_has_lost_its_address_is_left() -> None:
+    """Its host is off, say, and another has got its IP: no packet tells."""
+    discovery = ChangingDiscovery()
+    worker, other = FakeDecode("decode-0"), FakeDecode("decode-1")
+    worker.behaviour.gates["tokens"] = asyncio.Event()
+    await worker.start()
+    await other.start()
+    async with fleet_over(discovery) as fleet:
+        discovery.decode.put_nowait({worker.address: worker.info.incarnation})
+        await fleet.wait_connected()
+        running = asyncio.create_task(collect(FleetDispatcher(fleet).generate(make_request(8))))
+        await worker.journal.wait("decode-0", "submit")
+        found = {worker.address: worker.info.incarnation, other.address: other.info.incarnation}
+        discovery.decode.put_nowait(found)
+        await other.journal.wait("decode-1", "watch")
+        discovery.decode.put_nowait({**found, worker.address: "another"})
+        tokens, _ = await running
+        assert tokens == answer(make_request(8))
+        await other.journal.wait("decode-1", "submit")
+    await worker.stop()
+    await other.stop()
+
+
+@asynccontextmanager
+async def fleet_over(discovery: ChangingDiscovery) -> AsyncIterator[Fleet]:
+    fleet = Fleet(discovery)
+    run = asyncio.create_task(fleet.run())
+    try:
+        yield fleet
+    finally:
+        run.cancel()
+        with suppress(asyncio.CancelledError):
+            await run
+
+
 async def test_worker_of_the_wrong_role_is_never_used(caplog: pytest.LogCaptureFixture) -> None:
     discovery = ChangingDiscovery()
     worker = FakePrefill("prefill-0")
     await worker.start()
     fleet = Fleet(discovery)
     run = asyncio.create_task(fleet.run())
-    discovery.decode.put_nowait(frozenset({worker.address}))
+    discovery.decode.put_nowait({worker.address: ""})
     await until(lambda: "given as a decode worker and says that it is ROLE_PREFILL" in caplog.text)
     assert not any(worker.is_connected for worker in fleet.workers)
     run.cancel()
@@ -159,6 +228,7 @@ async def test_list_workers_shows_the_fleet() -> None:
         assert states["prefill-0"].num_known_blocks == 10
         assert states["prefill-0"].address == harness["prefill-0"].address
         assert not states["decode-0"].connected
+        assert [states[name].condition for name in ("prefill-0", "decode-0")] == ["ready", "lost"]
 
 
 def cached_blocks(harness: Harness, worker_id: str) -> int:

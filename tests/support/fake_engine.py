@@ -229,6 +229,9 @@ class FakeEngineThread:
     def unpin(self, block_ids: Sequence[int]) -> None:
         self._command(lambda: self.engine.scheduler.unpin(block_ids))
 
+    def step_ages(self) -> tuple[float, float]:
+        return 0.0, 0.0
+
     def pause(self) -> None:
         self._is_paused = True
         if self._handle is not None:

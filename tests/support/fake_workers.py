@@ -145,6 +145,11 @@ class FakeWorker:
         finally:
             self._watchers.discard(pending)
 
+    def tell_load(self) -> None:
+        """What `load` says, now."""
+        for pending in self._watchers:
+            pending.put_nowait(worker_pb2.BlockEvents(sequence=self.sequence))
+
     def _publish(self, delta: worker_pb2.Delta) -> None:
         self.sequence += 1
         for pending in self._watchers:

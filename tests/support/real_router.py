@@ -32,6 +32,7 @@ class Answer:
     logprobs: list[messages_pb2.TokenLogprobs]
     finish_reason: FinishReason
     was_split: bool
+    num_tries: int
 
 
 class Router:
@@ -66,7 +67,13 @@ class Router:
                 token_ids += event.token_ids
                 logprobs += event.logprobs
         assert end is not None and generation.placement is not None
-        return Answer(token_ids, logprobs, end.finish_reason, generation.placement.best.prefill is not None)
+        return Answer(
+            token_ids,
+            logprobs,
+            end.finish_reason,
+            generation.placement.best.prefill is not None,
+            len(generation.record.routes),
+        )
 
     async def generate_all(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, salt: str = ""

@@ -96,6 +96,17 @@ async def test_load_comes_alone_when_nothing_changes() -> None:
         assert event.sequence == 0 and event.load.num_free_blocks == 3
 
 
+async def test_load_is_told_at_once_when_asked() -> None:
+    events = make_events(load_interval_seconds=3600)
+    async with aclosing(events.watch()) as watching:
+        await snapshot(watching)
+        events.tell_load()
+        assert (await anext(watching)).WhichOneof("events") is None
+        events.apply([], [name(1)])
+        events.tell_load()
+        assert (await anext(watching)).delta.stored == name(1)
+
+
 async def test_slow_watcher_is_cut_off_alone() -> None:
     events = make_events(max_pending_events=2)
     async with aclosing(events.watch()) as slow, aclosing(events.watch()) as quick:

@@ -93,8 +93,13 @@ def create_app(
     api.include_router(_openai_routes(serving))
     api.include_router(_text_routes(serving))
     api.include_router(_operator_routes(serving))
-    hot = HotRoutes(api, _hot(serving), config.max_body_bytes)
-    app: ASGIApp = ExchangeLayer(hot, config.keys, metrics, salt_by_api_key=config.salt_by_api_key, limiter=limiter)
+    app: ASGIApp = ExchangeLayer(
+        HotRoutes(api, _hot(serving), config.max_body_bytes),
+        config.keys,
+        metrics,
+        salt_by_api_key=config.salt_by_api_key,
+        limiter=limiter,
+    )
     if config.cors_origins:  # outside the layer that asks for keys: a browser asks first whether it may, without one
         app = CORSMiddleware(
             app,
@@ -201,11 +206,12 @@ def _operator_routes(serving: Serving) -> APIRouter:
 
     @router.get("/health", responses=_ERRORS)
     async def health() -> Response:
-        """200 if a request could be served now, else 503."""
+        """200 if a request could be served now, else 503. `warning`: what is amiss all the same."""
         if not serving.dispatcher.is_ready():
             reason = serving.dispatcher.complaint() or "none is connected"
             raise Unavailable(f"no worker is ready to serve a request: {reason}")
-        return JsonResponse({"status": "ok"})
+        warning = serving.dispatcher.warning()
+        return JsonResponse({"status": "ok", "warning": warning} if warning else {"status": "ok"})
 
     @router.get("/debug/route/{request_id}", responses=_ERRORS)
     async def route(request_id: str) -> Response:

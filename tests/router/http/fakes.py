@@ -74,6 +74,7 @@ class FakeDispatcher:
         self.served: ServedModel | None = MODEL
         self.ready = True
         self.reason = ""
+        self.trouble = ""
         self.generations: list[FakeGeneration] = []
         self.generation_class = FakeGeneration
 
@@ -91,6 +92,9 @@ class FakeDispatcher:
 
     def is_ready(self) -> bool:
         return self.ready
+
+    def warning(self) -> str:
+        return self.trouble
 
     def complaint(self) -> str:
         return self.reason

@@ -28,6 +28,8 @@ async def test_models(edge: Edge) -> None:
 
 async def test_health_is_whether_a_request_could_be_served(edge: Edge) -> None:
     assert (await edge.http.get("/health")).json() == {"status": "ok"}
+    edge.dispatcher.trouble = "Redis is gone"
+    assert (await edge.http.get("/health")).json() == {"status": "ok", "warning": "Redis is gone"}
     edge.dispatcher.ready = False
     reply = await edge.http.get("/health")
     assert reply.status_code == 503
