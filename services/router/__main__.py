@@ -8,7 +8,7 @@ from contextlib import suppress
 from ssl import SSLContext
 
 from relevo import __version__
-from relevo.core.errors import InvalidRequest
+from relevo.core.errors import InvalidRequest, StartupError
 from relevo.model_files import GenerationDefaults, ModelFiles, generation_defaults, resolve_model
 from relevo.tokenizer import Tokenizer
 from services.common.grpc import make_server
@@ -25,6 +25,7 @@ from services.router.fleet_metrics import FleetCollector
 from services.router.http.app import EdgeConfig, create_app
 from services.router.http.connection import ConnectionLimits
 from services.router.http.keys import KeyRing, plain_keys, read_keys_file
+from services.router.http.limits import Limiter
 from services.router.http.server import HttpOptions, bind, load_tls, start_http
 from services.router.servicer import registration
 
@@ -68,7 +69,9 @@ async def serve(settings: RouterSettings, process: Process) -> None:
         ),
     )
     dispatcher = FleetDispatcher(fleet, defaults.eos_token_ids, registry=registry)
-    app = create_app(edge, tokenizer, defaults, dispatcher, registry=registry)
+    app = create_app(
+        edge, tokenizer, defaults, dispatcher, registry=registry, limiter=_open_limiter(settings, keys, process)
+    )
 
     process.spawn(fleet.run(), "fleet")
     await server.start()
@@ -93,6 +96,20 @@ def _read_keys(settings: RouterSettings) -> KeyRing | None:
     if settings.api_keys_file is not None:
         keys += read_keys_file(settings.api_keys_file)
     return KeyRing(keys)
+
+
+def _open_limiter(settings: RouterSettings, keys: KeyRing | None, process: Process) -> Limiter | None:
+    """In Redis, if there is one and something to count; None: each router counts by itself. Raises StartupError."""
+    if settings.redis_url is None or keys is None or not any(key.is_limited for key in keys.keys):
+        return None
+    try:
+        from services.router.http.limits_redis import RedisLimiter  # an extra: not everybody has it
+    except ImportError as error:
+        raise StartupError("--redis-url needs the package redis: pip install 'relevo[redis]'") from error
+    limiter = RedisLimiter(settings.redis_url.get_secret_value(), settings.fleet_name)
+    process.stack.push_async_callback(limiter.close)
+    process.spawn(limiter.run(), "limits")
+    return limiter
 
 
 def _http_options(settings: RouterSettings, tls: SSLContext | None) -> HttpOptions:

@@ -18,8 +18,8 @@ class FleetSettings(PeerSettings):
 
     redis_url: SecretStr | None = Field(
         None,
-        description="of --discovery redis: redis://HOST:PORT/0, rediss:// (TLS) or unix://; with a password in it"
-        " better not as a flag: flags show in `ps`",
+        description="for --discovery redis, and for API keys' limits over several routers: redis://HOST:PORT/0, rediss://"
+        " (TLS) or unix://; with a password in it better not as a flag: flags show in `ps`",
     )
     fleet_name: str = Field(
         "default", min_length=1, max_length=200, description="several fleets may share a Redis: each has its name"

@@ -49,10 +49,20 @@ class TokenBucket:
 
 
 @dataclass(slots=True)
+class MeanSeconds:
+    """How long a key's requests take, the latest ones counting most."""
+
+    seconds: float = _FIRST_GUESS_SECONDS
+
+    def observe(self, seconds: float) -> None:
+        self.seconds += _GAIN * (seconds - self.seconds)
+
+
+@dataclass(slots=True)
 class _Usage:
     bucket: TokenBucket | None
     num_running: int = 0
-    mean_seconds: float = _FIRST_GUESS_SECONDS
+    mean: MeanSeconds = field(default_factory=MeanSeconds)
 
 
 @dataclass(slots=True)
@@ -66,7 +76,7 @@ class _LocalPermit:
         if not self.released:
             self.released = True
             self.usage.num_running -= 1
-            self.usage.mean_seconds += _GAIN * (self.clock() - self.began - self.usage.mean_seconds)
+            self.usage.mean.observe(self.clock() - self.began)
 
 
 class LocalLimiter:
@@ -83,7 +93,7 @@ class LocalLimiter:
             bucket = None if key.rps is None else TokenBucket(key.rps, key.burst, key.burst, now)
             usage = self._usage[key.name] = _Usage(bucket)
         if key.concurrency is not None and usage.num_running >= key.concurrency:
-            raise too_many_at_once(key, usage.mean_seconds / key.concurrency)
+            raise too_many_at_once(key, usage.mean.seconds / key.concurrency)
         if usage.bucket is not None and (seconds := usage.bucket.take(now)) > 0:
             raise too_fast(key, seconds)
         usage.num_running += 1

@@ -20,6 +20,7 @@ from services.router.admission import AdmissionLimits
 from services.router.http.app import EdgeConfig, create_app
 from services.router.http.connection import watch_connections
 from services.router.http.keys import KeyRing, plain_keys
+from services.router.http.limits import Limiter
 from services.router.http.server import HttpOptions, make_server
 from tests.router.http.fakes import FakeDispatcher
 
@@ -81,6 +82,7 @@ def make_served(
     salt_by_api_key: bool = False,
     cors_origins: tuple[str, ...] = (),
     admission: AdmissionLimits = NO_QUEUE,
+    limiter: Limiter | None = None,
 ) -> Served:
     """api_key: plain ones, or keys."""
     dispatcher = FakeDispatcher()
@@ -94,7 +96,7 @@ def make_served(
         admission=admission,
         max_body_bytes=MAX_BODY_BYTES,
     )
-    app = create_app(config, tokenizer, defaults, dispatcher, registry=registry)
+    app = create_app(config, tokenizer, defaults, dispatcher, registry=registry, limiter=limiter)
     return Served(app, dispatcher, registry)
 
 
