@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -105,6 +106,17 @@ async def test_request_that_outlives_the_drain_is_cut_off() -> None:
                 assert "data: [DONE]" not in [line async for line in lines]
         assert await asyncio.to_thread(process.wait, 20) == 0
         await decode.journal.wait("decode-0", "stream_end")
+
+
+async def test_open_files_are_allowed_for_as_many_connections_as_are() -> None:
+    """Where a shell's limit is lower, as it often is."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 3000 + 512
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        pytest.skip(f"ulimit -Hn is {hard}")
+    async with router("", FakeDecode("decode-0"), "--max-connections=3000") as (process, _):
+        soft, _ = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        assert soft == resource.RLIM_INFINITY or soft >= wanted
 
 
 async def test_keys_file_and_tls(tmp_path: Path) -> None:

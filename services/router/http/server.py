@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
+import resource
 import socket
 import ssl
 from collections.abc import Iterator
@@ -19,9 +21,12 @@ from relevo.core.errors import StartupError
 from services.common.lifecycle import Process
 from services.router.http.connection import ConnectionLimits, ConnectionMetrics, limited_protocol, watch_connections
 
+logger = logging.getLogger(__name__)
+
 _TLS_HANDSHAKE_SECONDS = 10.0
 _TLS_SHUTDOWN_SECONDS = 5.0
 _BACKLOG = 2048
+_OTHER_FILES = 512  # workers, logs, libraries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +97,7 @@ async def start_http(
 
     registry: gets the figures of connections
     """
+    allow_connections(options.limits.max_connections)
     server = make_server(app, options, registry)
     process.spawn(watch_connections(server.server_state.connections, options.limits), "connections")
     task = process.spawn(server.serve(sockets=[listener]), "http")
@@ -114,6 +120,22 @@ def make_server(app: Any, options: HttpOptions, registry: CollectorRegistry) -> 
         timeout_graceful_shutdown=math.ceil(options.drain_seconds),
     )
     return HttpServer(config, options.tls)
+
+
+def allow_connections(num_connections: int) -> None:
+    """Raise the limit on open files as far as it goes; a shell's is often 1024. Warns if that is not enough."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = num_connections + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        if allowed < wanted:
+            logger.warning(
+                "--max-connections %d needs %d open files, but the limit is %d (ulimit -Hn)",
+                num_connections,
+                wanted,
+                allowed,
+            )
 
 
 async def _stop(server: HttpServer, task: asyncio.Task[None]) -> None:
