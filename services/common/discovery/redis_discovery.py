@@ -85,6 +85,7 @@ class RedisDiscovery:
             if text not in leases and text not in self._left and end > now
         }
         self._left.clear()
+        self._nonsense &= leases.keys()
         self._leases = lost | leases
         members: dict[str, dict[str, str]] = {}
         # Of two at one address the one with the later lease counts: the other is dead, and renews no more.
