@@ -89,6 +89,7 @@ class FleetRedis:
             self._redis: Any = redis.asyncio.Redis.from_url(  # its types leave open what is awaitable
                 url,
                 decode_responses=True,
+                encoding_errors="replace",  # of what is not ours, and is ignored
                 socket_timeout=CALL_SECONDS,
                 socket_connect_timeout=CALL_SECONDS,
                 retry=Retry(NoBackoff(), 0),  # who calls tries again
