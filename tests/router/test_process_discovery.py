@@ -116,7 +116,6 @@ async def test_router_resolves_names() -> None:
         (["--discovery=redis"], "--discovery redis needs --redis-url (or RELEVO_REDIS_URL)"),
         (["--discovery=redis", "--redis-url=redis://h/0", "--decode=a:1"], "are for --discovery static or dns"),
         (["--discovery=dns"], "--decode is missing"),
-        (["--discovery=redis", "--redis-url=redis://h/0", "--fleet-name="], "--fleet-name"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(flags: list[str], reason: str) -> None:
