@@ -119,9 +119,19 @@ def serve(
         str | None,
         typer.Option(envvar="RELEVO_API_KEY", help="clients must send it as a bearer token; several: k1,k2"),
     ] = None,
+    api_keys_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="keys' names, hashes and limits, one a line: docs/http.md")
+    ] = None,
     salt_by_api_key: Annotated[
         bool, typer.Option(help="cached blocks are shared only by requests with the same API key")
     ] = False,
+    http_tls_cert: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM certificate: the endpoint is HTTPS then")
+    ] = None,
+    http_tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="PEM file: its key")] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="origin whose pages may use the API from a browser; may be repeated")
+    ] = None,
     drain_seconds: Annotated[float, typer.Option(min=0, help="how long running requests may go on at shutdown")] = 10.0,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(help="of all processes")
@@ -164,6 +174,8 @@ def serve(
         router_options={
             "served-model-name": ",".join(served_model_name or []),
             "salt-by-api-key": salt_by_api_key,
+            "cors-origin": ",".join(cors_origin or []),
+            **_path_flags(api_keys_file=api_keys_file, http_tls_cert=http_tls_cert, http_tls_key=http_tls_key),
         },
     )
     _log_to_stderr(log_level)
@@ -207,6 +219,11 @@ def inspect(
         print_inspection(found, Console())
 
 
+def _path_flags(**paths: Path | None) -> dict[str, str | bool]:
+    """Of those that are given."""
+    return {name.replace("_", "-"): str(path.absolute()) for name, path in paths.items() if path is not None}
+
+
 def _log_to_stderr(level: str) -> None:
     """What the launcher says, in the children's format; other libraries' loggers stay as they are."""
     handler = logging.StreamHandler()
@@ -240,7 +257,8 @@ def _print_started(stack: Stack, model: str, seconds: float) -> None:
         address = f"{stack.endpoint}, gRPC {child.address}" if child.role == "router" else f"gRPC {child.address}"
         print(f"  {child.name:<12} {address:<50} pid {child.pid}")
     body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": "What does os.path.join do?"}]}
-    key = " -H 'Authorization: Bearer '\"$RELEVO_API_KEY\"" if stack.config.api_key else ""
+    has_keys = stack.config.api_key or "api-keys-file" in stack.config.router_options
+    key = " -H 'Authorization: Bearer '\"$RELEVO_API_KEY\"" if has_keys else ""
     print(f"\nTry it:\n\n  curl {stack.endpoint}/v1/chat/completions{key} -H 'Content-Type: application/json' \\")
     print(f"    -d '{json.dumps(body)}'\n\nCtrl-C stops it.", flush=True)
 

@@ -93,7 +93,8 @@ class Stack:
     @property
     def endpoint(self) -> str:
         host = "127.0.0.1" if self.config.host in ("0.0.0.0", "::") else self.config.host
-        return f"http://{host}:{self.config.port}"
+        scheme = "https" if "http-tls-cert" in self.config.router_options else "http"
+        return f"{scheme}://{host}:{self.config.port}"
 
     def start(self) -> None:
         """Start all at once and return when the endpoint serves. Raises StartupError when one of them can't."""

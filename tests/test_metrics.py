@@ -12,8 +12,10 @@ from prometheus_client import CollectorRegistry
 from services.common.discovery import StaticDiscovery
 from services.common.loop_lag import LoopLag
 from services.common.telemetry import render_metrics
+from services.router.admission import AdmissionMetrics
 from services.router.fleet import Fleet
 from services.router.fleet_metrics import FleetCollector
+from services.router.http.connection import ConnectionMetrics
 from services.router.http.metrics import EdgeMetrics
 from services.router.route_log import Predictions
 from services.worker.metrics import WorkerCollector
@@ -55,6 +57,8 @@ async def test_routers_figures() -> None:
     registry = CollectorRegistry()
     registry.register(FleetCollector(Fleet(StaticDiscovery({})), asyncio.get_running_loop()))
     EdgeMetrics(registry)
+    ConnectionMetrics(registry)
+    AdmissionMetrics(registry)
     Predictions(registry)
     registry.register(LoopLag().metric)
     assert exported(render_metrics(registry)[0]) == documented("Router")

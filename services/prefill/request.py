@@ -72,6 +72,7 @@ class PrefillRequest:
         self._is_submitted = False
         self._num_present_tokens = 0
         self._is_cancelled = False
+        self._is_aborted = False
         self._error: RelevoError | None = None
         worker.register(engine_id, self)
         self._deadline = Deadline(message.timeout_ms, self.cancel)
@@ -103,7 +104,7 @@ class PrefillRequest:
             case EndedRequest():
                 self._ended = event
                 self._changed.set()
-                if self._task.done():
+                if self._is_aborted:
                     self._end()
             case Admitted():
                 pass
@@ -178,7 +179,10 @@ class PrefillRequest:
             self._worker.thread.release(request_id)
             self._end()
         else:
-            self._worker.thread.abort(request_id)  # the engine says when it has ended
+            # The engine says when it has ended. (That the task is done does not tell who ends the request: between its
+            # end and this call there may be a step that ends it by itself.)
+            self._is_aborted = True
+            self._worker.thread.abort(request_id)
 
     def _end(self) -> None:
         self._deadline.stop()

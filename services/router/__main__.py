@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from contextlib import suppress
+from ssl import SSLContext
 
 from relevo import __version__
 from relevo.core.errors import InvalidRequest
@@ -15,13 +16,16 @@ from services.common.lifecycle import Process, run_service
 from services.common.loop_lag import LoopLag
 from services.common.security import read_security
 from services.common.telemetry import make_registry, serve_metrics
+from services.router.admission import AdmissionLimits
 from services.router.config import RouterSettings
 from services.router.dispatch import FleetDispatcher
 from services.router.finding import make_discovery
 from services.router.fleet import Fleet
 from services.router.fleet_metrics import FleetCollector
 from services.router.http.app import EdgeConfig, create_app
-from services.router.http.server import bind, start_http
+from services.router.http.connection import ConnectionLimits
+from services.router.http.keys import KeyRing, plain_keys, read_keys_file
+from services.router.http.server import HttpOptions, bind, load_tls, start_http
 from services.router.servicer import registration
 
 
@@ -29,6 +33,8 @@ async def serve(settings: RouterSettings, process: Process) -> None:
     """Ports first, so that a taken one is said at once; then the model's files; then the workers."""
     security = read_security(settings)
     security.check_host(settings.host)
+    keys = _read_keys(settings)
+    tls = load_tls(settings.http_tls_cert, settings.http_tls_key)
     listener = bind(settings.http_host, settings.http_port, shared=settings.http_shared)
     process.stack.callback(listener.close)
     fleet = Fleet(
@@ -51,9 +57,15 @@ async def serve(settings: RouterSettings, process: Process) -> None:
     edge = EdgeConfig(
         served_model_names=tuple(settings.served_model_name) or (files.name,),
         version=__version__,
-        api_key=settings.api_key.get_secret_value() if settings.api_key is not None else None,
+        keys=keys,
         salt_by_api_key=settings.salt_by_api_key,
+        cors_origins=tuple(settings.cors_origin),
         max_body_bytes=settings.max_body_bytes,
+        admission=AdmissionLimits(
+            max_running=settings.max_running,
+            max_queued=settings.max_queued,
+            queue_seconds=settings.queue_seconds,
+        ),
     )
     dispatcher = FleetDispatcher(fleet, defaults.eos_token_ids, registry=registry)
     app = create_app(edge, tokenizer, defaults, dispatcher, registry=registry)
@@ -61,12 +73,39 @@ async def serve(settings: RouterSettings, process: Process) -> None:
     process.spawn(fleet.run(), "fleet")
     await server.start()
     process.stack.push_async_callback(server.stop, settings.drain_seconds)
-    await start_http(app, listener, process, settings.drain_seconds)
+    await start_http(app, listener, process, _http_options(settings, tls), registry)
     if settings.discovery == "static":
         await fleet.wait_connected()  # others come and go: /health tells whether there are enough
     host, port = listener.getsockname()[:2]
-    process.ready(address=server.address, http=f"http://{f'[{host}]' if ':' in host else host}:{port}")
+    scheme = "http" if tls is None else "https"
+    process.ready(address=server.address, http=f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
     await asyncio.to_thread(_warm_up, tokenizer)  # only now: the workers had more use for the cores
+
+
+def _read_keys(settings: RouterSettings) -> KeyRing | None:
+    """None: open to everybody. Raises StartupError."""
+    if settings.api_key is None and settings.api_keys_file is None:
+        return None
+    keys = plain_keys(settings.api_key.get_secret_value()) if settings.api_key is not None else []
+    if settings.api_keys_file is not None:
+        keys += read_keys_file(settings.api_keys_file)
+    return KeyRing(keys)
+
+
+def _http_options(settings: RouterSettings, tls: SSLContext | None) -> HttpOptions:
+    limits = ConnectionLimits(
+        max_connections=settings.max_connections,
+        max_head_bytes=settings.max_head_bytes,
+        head_seconds=settings.head_seconds,
+        body_seconds=settings.body_seconds,
+        write_seconds=settings.write_seconds,
+    )
+    return HttpOptions(
+        limits=limits,
+        tls=tls,
+        keep_alive_seconds=settings.keep_alive_seconds,
+        drain_seconds=settings.drain_seconds,
+    )
 
 
 def _load(model: str | None) -> tuple[ModelFiles, Tokenizer | None, GenerationDefaults]:

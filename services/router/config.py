@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
@@ -49,10 +50,32 @@ class RouterSettings(FleetSettings, cli_prog_name="relevo-router"):
     api_key: SecretStr | None = Field(
         None, description="key that clients must send, or several: k1,k2; open to everybody if none"
     )
+    api_keys_file: Path | None = Field(
+        None, description="file with a name:sha256 of a key a line, and its limits (docs/http.md)"
+    )
     salt_by_api_key: bool = Field(
-        False, description="cached blocks are shared only by requests with the same API key; needs --api-key"
+        False, description="cached blocks are shared only by requests with the same API key; needs keys"
+    )
+    http_tls_cert: Path | None = Field(None, description="PEM file: certificate of the HTTP port, which is HTTPS then")
+    http_tls_key: Path | None = Field(None, description="PEM file: its key")
+    cors_origin: StringList = Field(
+        default_factory=list,
+        description="origin whose pages may use the API from a browser; may be repeated; '*': any; none unless given",
     )
     max_body_bytes: ByteSize = Field(16 << 20, ge=1024, description="largest HTTP request body, such as 16MiB")
+    max_head_bytes: ByteSize = Field(32 << 10, ge=1024, description="largest request line and headers together")
+    max_connections: int = Field(4096, ge=1, description="HTTP connections at the same time; a 503 beyond them")
+    head_seconds: float = Field(15.0, gt=0, description="time that a client has for a request's head")
+    body_seconds: float = Field(60.0, gt=0, description="time that it has for the request's body")
+    write_seconds: float = Field(
+        30.0, gt=0, description="time that it has to take some 48 KiB of an answer that waits for it"
+    )
+    max_running: int | None = Field(
+        None, ge=1, description="requests at the workers at once, others queue; not given: until workers refuse"
+    )
+    max_queued: int = Field(256, ge=0, description="requests in the router's queue; a 429 beyond them")
+    queue_seconds: float = Field(30.0, gt=0, description="longest wait there; a 429 then")
+    keep_alive_seconds: float = Field(30.0, gt=0, description="how long a connection may wait for its next request")
 
     @field_validator("prefill", "decode")
     @classmethod
@@ -65,8 +88,10 @@ class RouterSettings(FleetSettings, cli_prog_name="relevo-router"):
 
     @model_validator(mode="after")
     def _check_salt(self) -> Self:
-        if self.salt_by_api_key and self.api_key is None:
-            raise ValueError("--salt-by-api-key is given without --api-key (or RELEVO_API_KEY): there are no keys")
+        if self.salt_by_api_key and self.api_key is None and self.api_keys_file is None:
+            raise ValueError(
+                "--salt-by-api-key is given without --api-key (or RELEVO_API_KEY) or --api-keys-file: there are no keys"
+            )
         return self
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -89,6 +89,7 @@ class RoutedGeneration:
         stop_token_ids: frozenset[int],
     ) -> None:
         self.placement: Placement | None = None
+        self.on_accepted: Callable[[], None] | None = None
         self.record = RouteRecord(request.request_id, len(request.prompt_token_ids))
         self._planner = planner
         self._fleet = planner.fleet
@@ -146,6 +147,9 @@ class RoutedGeneration:
             for call, update in await self._inbox.take():
                 for event in attempt.handle(call, update):
                     self._append(event)
+                if self.on_accepted is not None:  # decode speaks first, and has not refused
+                    accepted, self.on_accepted = self.on_accepted, None
+                    accepted()
                 if self._is_over:
                     return
         except (Exhausted, Unavailable) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,7 +38,11 @@ class Generation(Protocol):
 
     Iteration raises a RelevoError if the request failed: Exhausted, Unavailable, InvalidRequest, DeadlineExceeded …;
     before any token or after some. It is the last thing that iteration does then.
+
+    on_accepted: called once, inside iteration, when a worker has taken the request on: Exhausted does not follow
     """
+
+    on_accepted: Callable[[], None] | None
 
     def __aiter__(self) -> Generation: ...
 

@@ -49,7 +49,9 @@ class Serve:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "relevo.cli", "serve", *options, "--port", str(self.port)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # A file: a pipe that nobody reads would hold up whoever writes to it, once it is full.
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  # kill() closes it
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._stderr, text=True)
         self.printed = self._read_until("Ctrl-C stops it.")
         pattern = r"^  (\S+) +.*gRPC (\S+) +pid (\d+)$"
         self.children = [
@@ -66,8 +68,7 @@ class Serve:
             if end in line:
                 return "".join(lines)
             assert time.monotonic() < deadline
-        _, error = self.process.communicate(timeout=10)
-        raise AssertionError(f"did not start: {''.join(lines)}{error}")
+        raise AssertionError(f"did not start: {''.join(lines)}{self.end(seconds=10)}")
 
     def child(self, name: str) -> Child:
         return next(child for child in self.children if child.name == name)
@@ -75,13 +76,20 @@ class Serve:
     def stop(self) -> tuple[int, str]:
         """Ctrl-C; exit code and what was said on stderr."""
         self.process.send_signal(signal.SIGINT)
-        _, error = self.process.communicate(timeout=40)
+        error = self.end()
         return self.process.returncode, error
+
+    def end(self, seconds: float = 40) -> str:
+        """Wait for it to end by itself; what was said on stderr."""
+        self.process.communicate(timeout=seconds)
+        self._stderr.seek(0)
+        return self._stderr.read()
 
     def kill(self) -> None:
         """Whatever happened: nothing of it goes on."""
         self.process.kill()
         self.process.communicate(timeout=10)
+        self._stderr.close()
         self.client.close()
 
 
@@ -105,13 +113,16 @@ def arena_files() -> set[Path]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def arena_dir() -> Iterator[None]:
+def arena_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A folder of our own in shared memory: what is left there was left by us, not by tests that run beside."""
     with (
         tempfile.TemporaryDirectory(dir="/dev/shm", prefix="relevo-e2e-") as folder,
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setenv("RELEVO_ARENA_DIR", folder)
+        patch.setenv(
+            "XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime"))
+        )  # a launcher that is killed leaves a file
         yield
 
 
@@ -366,8 +377,7 @@ def test_two_routers_share_the_port_and_one_may_die() -> None:
 def test_launcher_that_is_killed_takes_its_children_along() -> None:
     before = arena_files()
     serve = Serve(*SMALL)
-    serve.process.kill()
-    serve.process.communicate(timeout=10)
+    serve.kill()
     deadline = time.monotonic() + 20
     while any(is_alive(child.pid) for child in serve.children) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -379,8 +389,9 @@ def test_without_restarts_a_dead_worker_stops_the_stack_and_is_named() -> None:
     serve = Serve("--topology", "aggregated", "--no-restart", *SMALL_WORKERS)
     pid = serve.child("decode-0").pid
     os.kill(pid, signal.SIGKILL)
-    _, error = serve.process.communicate(timeout=40)
+    error = serve.end()
     assert serve.process.returncode == 1
+    serve.kill()
     assert f"relevo: error: decode-0 (pid {pid}) died: signal SIGKILL; stopped the rest" in error
     assert not [child for child in serve.children if is_alive(child.pid)]
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
 import httpx
 import pytest
 
 from services.common.grpc import make_channel
 from services.pb import router_pb2, router_pb2_grpc
+from tests.support.certificates import make_certificates
 from tests.support.fake_workers import FakeDecode, FakePrefill
 from tests.support.no_torch import HIDE_TORCH
 
@@ -101,6 +105,22 @@ async def test_request_that_outlives_the_drain_is_cut_off() -> None:
                 assert "data: [DONE]" not in [line async for line in lines]
         assert await asyncio.to_thread(process.wait, 20) == 0
         await decode.journal.wait("decode-0", "stream_end")
+
+
+async def test_keys_file_and_tls(tmp_path: Path) -> None:
+    make_certificates(tmp_path)
+    keys = tmp_path / "keys"
+    keys.write_text(f"one:{hashlib.sha256(b'key-of-one').hexdigest()}\n")
+    keys.chmod(0o600)
+    flags = [f"--api-keys-file={keys}", f"--http-tls-cert={tmp_path}/peer.pem", f"--http-tls-key={tmp_path}/peer.key"]
+    trusted = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+    async with router("", FakeDecode("decode-0"), *flags) as (_, ready), httpx.AsyncClient(verify=trusted) as client:
+        assert ready["http"].startswith("https://127.0.0.1:")
+        url = f"{ready['http']}/v1/models"
+        assert (await client.get(url)).status_code == 401
+        assert (await client.get(url, headers={"authorization": "Bearer key-of-one"})).status_code == 200
+        with pytest.raises(httpx.RemoteProtocolError):
+            await client.get(url.replace("https:", "http:"))
 
 
 @asynccontextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -12,6 +13,7 @@ from typing import Any
 import grpc
 import pytest
 
+from relevo.engine.step_result import EndedRequest
 from services.kvtransfer.agent import Agent
 from services.pb import decode_pb2, messages_pb2
 from tests.support.agents import is_unused, running_agent, until
@@ -335,6 +337,31 @@ async def test_routers_that_leave_free_everything(agent: Agent, num_steps: int) 
         prefill.thread.go()
         await until(lambda: not (prefill.worker.num_requests or decode.worker.num_requests))
         await until(lambda: is_unused(agent))
+
+
+async def test_last_step_between_a_failed_hand_over_and_its_callback_ends_once(
+    pair: FakePair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's word that it has ended comes when the task is done, and before the loop has called back for that."""
+    pair.prefill.thread.pause()
+    await pair.submit(1, PROMPT)
+    request: Any = next(iter(pair.prefill.worker._listeners.values()))
+    ends: list[EndedRequest] = []
+    take_event = request.on_event
+    monkeypatch.setattr(
+        request, "on_event", lambda event: ends.append(event) if isinstance(event, EndedRequest) else take_event(event)
+    )
+    request._task.remove_done_callback(request._task_done)
+    pair.prefill.thread.go()
+    await until(lambda: bool(ends))
+    request._task.cancel()
+    await asyncio.wait([request._task])
+    take_event(ends[0])
+    assert not request._reply.has_ended
+    request._task_done(request._task)
+    await pair.to_prefill.rest(1)
+    await pair.cancel_decode()
+    await pair.to_decode.rest(1)
 
 
 async def test_prefill_cancelled_while_it_announces_computes_nothing(pair: FakePair) -> None:

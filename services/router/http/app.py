@@ -9,6 +9,7 @@ from typing import Any, Literal
 from fastapi import APIRouter, FastAPI
 from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
@@ -18,6 +19,7 @@ from relevo.core.errors import NotFound, RelevoError, Unavailable
 from relevo.model_files import GenerationDefaults
 from relevo.tokenizer import Tokenizer
 from services.common.telemetry import render_metrics
+from services.router.admission import Admission
 from services.router.generation import Dispatcher
 from services.router.http.body import body_route
 from services.router.http.chat import ChatReply, create_chat_completion, render_chat
@@ -25,6 +27,7 @@ from services.router.http.completions import CompletionReply, create_completion
 from services.router.http.errors import ErrorReply, JsonResponse, handle_http_exception, handle_relevo_error
 from services.router.http.exchange import Exchange, ExchangeLayer, handle_bug
 from services.router.http.hot_routes import HotRoute, HotRoutes, hot_routes
+from services.router.http.limits import Limiter
 from services.router.http.metrics import EdgeMetrics
 from services.router.http.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from services.router.http.serving import EdgeConfig, Serving, check_prompt, run_long
@@ -66,10 +69,16 @@ def create_app(
     dispatcher: Dispatcher,
     *,
     registry: CollectorRegistry | None = None,
+    limiter: Limiter | None = None,
 ) -> ASGIApp:
-    """The ASGI app. registry: what /metrics shows; the app adds its own to it."""
+    """The ASGI app.
+
+    registry: what /metrics shows; the app adds its own to it
+    limiter: counts what API keys with limits do; None: in this process
+    """
     metrics = EdgeMetrics(CollectorRegistry() if registry is None else registry)
-    serving = Serving(config, tokenizer, defaults, dispatcher, metrics)
+    admission = Admission(dispatcher, config.admission, metrics.registry)
+    serving = Serving(config, tokenizer, defaults, dispatcher, admission, metrics)
     api = FastAPI(
         title="Relevo",
         description="An OpenAI-compatible API. Parameters that are not listed are refused by name.",
@@ -84,12 +93,22 @@ def create_app(
     api.include_router(_openai_routes(serving))
     api.include_router(_text_routes(serving))
     api.include_router(_operator_routes(serving))
-    return ExchangeLayer(
+    app: ASGIApp = ExchangeLayer(
         HotRoutes(api, _hot(serving), config.max_body_bytes),
-        config.api_key,
+        config.keys,
         metrics,
         salt_by_api_key=config.salt_by_api_key,
+        limiter=limiter,
     )
+    if config.cors_origins:  # outside the layer that asks for keys: a browser asks first whether it may, without one
+        app = CORSMiddleware(
+            app,
+            allow_origins=config.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("x-request-id", "retry-after"),
+        )
+    return app
 
 
 def _hot(serving: Serving) -> dict[str, HotRoute]:

@@ -7,7 +7,6 @@ they write their bodies to `Exchange.send`, which is the server's own.
 from __future__ import annotations
 
 import hashlib
-import hmac
 import logging
 import time
 import uuid
@@ -18,7 +17,10 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from relevo.core.errors import InvalidRequest, RelevoError, Unauthenticated
+from services.router.admission import Standing
 from services.router.http.errors import error_response, internal_error
+from services.router.http.keys import ApiKey, KeyRing
+from services.router.http.limits import Limiter, LocalLimiter, Permit
 from services.router.http.metrics import EdgeMetrics
 
 logger = logging.getLogger(__name__)
@@ -26,7 +28,7 @@ logger = logging.getLogger(__name__)
 CLIENT_LEFT = 499
 MAX_REQUEST_ID_CHARS = 128
 MAX_TIMEOUT_MS = 2**31 - 1
-OPEN_PATHS = frozenset({"/health", "/version"})
+OPEN_PATHS = frozenset({"/health"})
 
 _SCOPE_KEY = "relevo.exchange"
 
@@ -37,6 +39,7 @@ class Exchange:
 
     arrived: seconds, on the clock of time.perf_counter
     explains: the client asks why its request goes where it goes
+    client: the API key it came with; None where keys are not asked for
     key_salt: goes before the request's own cache_salt; "" = blocks are shared between API keys
     outcome: the status that is counted; differs from the one sent if a stream fails half way or its client leaves
     """
@@ -45,6 +48,7 @@ class Exchange:
     send: Send
     timeout_ms: int | None = None
     explains: bool = False
+    client: ApiKey | None = None
     key_salt: str = ""
     arrived: float = field(default_factory=time.perf_counter)
     started: bool = False
@@ -63,16 +67,36 @@ class Exchange:
         left = self.timeout_ms - round((time.perf_counter() - self.arrived) * 1e3)
         return left or -1
 
+    def standing(self, priority: int) -> Standing:
+        """In the queue. Raises InvalidRequest if its key may not ask for so much."""
+        if self.client is None:
+            return Standing(priority=priority)
+        if priority < self.client.priority:
+            raise InvalidRequest(
+                f"priority {priority} is more urgent than the API key {self.client.name!r} may ask for:"
+                f" {self.client.priority} or more",
+                "priority",
+            )
+        return Standing(self.client.name, priority, self.client.weight)
+
 
 class ExchangeLayer:
     """ASGI app around the API's app."""
 
     def __init__(
-        self, api: ASGIApp, api_key: str | None, metrics: EdgeMetrics, *, salt_by_api_key: bool = False
+        self,
+        api: ASGIApp,
+        keys: KeyRing | None,
+        metrics: EdgeMetrics,
+        *,
+        salt_by_api_key: bool = False,
+        limiter: Limiter | None = None,
     ) -> None:
+        """keys: None = open to everybody. limiter: counts what keys with limits do; None: in this process."""
         self._api = api
-        self._api_keys = None if api_key is None else _split_keys(api_key)
+        self._keys = keys
         self._salt_by_api_key = salt_by_api_key
+        self._limiter = LocalLimiter() if limiter is None else limiter
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -89,10 +113,10 @@ class ExchangeLayer:
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", exchange.request_id.encode())]
             await send(message)
 
+        permit: Permit | None = None
         try:
-            key = self._authenticate(scope)
-            if key is not None and self._salt_by_api_key:
-                exchange.key_salt = _key_salt(key)
+            if self._keys is not None and scope["path"] not in OPEN_PATHS:
+                permit = await self._let_in(self._keys, exchange, scope)
             exchange.timeout_ms = _timeout_ms(scope)
             exchange.explains = _header(scope, b"x-relevo-explain") == b"1"
             await self._api(scope, receive, send_head)
@@ -104,32 +128,42 @@ class ExchangeLayer:
             if not exchange.started:
                 await error_response(internal_error(exchange.request_id))(scope, receive, send_head)
         finally:
+            if permit is not None:
+                await permit.release()
             route = scope.get("route")
             endpoint = getattr(route, "path", "other")
             self._metrics.requests.labels(endpoint, str(exchange.outcome)).inc()
-            seconds = time.perf_counter() - exchange.arrived
-            logger.debug("request %s: %s %d in %.3f s", exchange.request_id, endpoint, exchange.outcome, seconds)
+            if exchange.client is not None:
+                self._metrics.count_client(exchange.client.name, exchange.outcome)
+            _log(exchange, endpoint)
 
-    def _authenticate(self, scope: Scope) -> bytes | None:
-        """The client's key; None where none is asked for. Raises Unauthenticated."""
-        if self._api_keys is None or scope["path"] in OPEN_PATHS:
-            return None
+    async def _let_in(self, keys: KeyRing, exchange: Exchange, scope: Scope) -> Permit | None:
+        """Find out whose request it is. Raises Unauthenticated; Exhausted if its key may not send another one now."""
         scheme, _, key = (_header(scope, b"authorization") or b"").partition(b" ")
+        key = key.strip()
         if not key:
             raise Unauthenticated("no API key: send it in the header 'Authorization: Bearer KEY'")
-        known = [hmac.compare_digest(key.strip(), each) for each in self._api_keys]  # all: the time tells nothing
-        if scheme.lower() != b"bearer" or not any(known):
+        client = keys.find(key) if scheme.lower() == b"bearer" else None
+        if client is None:
             raise Unauthenticated("the API key in the header 'Authorization' is not this server's")
-        return self._api_keys[known.index(True)]
+        exchange.client = client
+        if self._salt_by_api_key:
+            exchange.key_salt = _key_salt(key)
+        if client.is_limited and scope["method"] == "POST":  # looking costs nothing
+            return await self._limiter.acquire(client)
+        return None
+
+
+def _log(exchange: Exchange, endpoint: str) -> None:
+    if logger.isEnabledFor(logging.DEBUG):
+        seconds = time.perf_counter() - exchange.arrived
+        client = f" of {exchange.client.name}" if exchange.client is not None else ""
+        logger.debug("request %s%s: %s %d in %.3f s", exchange.request_id, client, endpoint, exchange.outcome, seconds)
 
 
 async def handle_bug(request: Request, error: Exception) -> Response:
     """The answer to an exception that is no RelevoError; starlette raises it again, and the layer logs it."""
     return error_response(internal_error(Exchange.of(request.scope).request_id))
-
-
-def _split_keys(text: str) -> list[bytes]:
-    return [key.encode() for each in text.split(",") if (key := each.strip())]
 
 
 def _key_salt(key: bytes) -> str:

@@ -12,6 +12,9 @@ _ITL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 
 _E2E_BUCKETS = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 
 
+MAX_CLIENTS = 100  # named in metrics; what others do is added up under "other"
+
+
 class EdgeMetrics:
     """Counters and histograms of one router, in the registry that /metrics shows."""
 
@@ -23,6 +26,13 @@ class EdgeMetrics:
             ("endpoint", "status"),
             registry=registry,
         )
+        self._client_requests = Counter(
+            "relevo_http_client_requests",
+            "HTTP requests by the name of their API key.",
+            ("client", "status"),
+            registry=registry,
+        )
+        self._clients: set[str] = set()
         self.running = Gauge("relevo_http_requests_generating", "Requests being generated.", registry=registry)
         self.finished = Counter(
             "relevo_request_success", "Choices that came to their end.", ("finished_reason",), registry=registry
@@ -50,6 +60,15 @@ class EdgeMetrics:
             buckets=_E2E_BUCKETS,
             registry=registry,
         )
+
+    def count_client(self, name: str, status: int) -> None:
+        """One of the names that the keys file gives; the first so many that come have figures of their own."""
+        if name not in self._clients:
+            if len(self._clients) >= MAX_CLIENTS:
+                name = "other"
+            else:
+                self._clients.add(name)
+        self._client_requests.labels(name, str(status)).inc()
 
 
 class RequestTimes:

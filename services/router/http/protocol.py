@@ -20,6 +20,7 @@ from services.router.http.unsupported import ANY, CHAT, COMPLETION, Harmless
 
 MAX_N = 128
 MAX_STOP_STRINGS = 64
+MAX_PRIORITY = 2**31 - 1
 MAX_LISTED_IDS = 1024  # in logit_bias and stop_token_ids: gRPC messages stay under 1 MiB
 
 Prompt = str | list[int]
@@ -118,6 +119,9 @@ class SamplingBody(RequestBody):
     stream: bool = False
     stream_options: StreamOptions | None = None
     cache_salt: str = Field("", max_length=256, description="Only requests with the same salt share cached blocks.")
+    priority: int = Field(
+        0, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Where the fleet is full, the lowest goes first."
+    )
     user: str | None = Field(None, description="Not used.")
 
     @property

@@ -13,12 +13,14 @@ from relevo.detokenizer import Detokenizer
 from relevo.model_files import GenerationDefaults
 from relevo.tokenizer import Tokenizer
 from services.pb import messages_pb2
+from services.router.admission import Admission, AdmissionLimits
 from services.router.generation import Dispatcher, ServedModel
 from services.router.http.answer import Payloads
 from services.router.http.choice import Choice
 from services.router.http.errors import ContextLengthExceeded, ModelNotFound
 from services.router.http.exchange import Exchange
 from services.router.http.explain import AnswerIds
+from services.router.http.keys import KeyRing
 from services.router.http.metrics import EdgeMetrics
 from services.router.http.protocol import SamplingBody
 from services.router.http.sampling import TokenLimit, check_token_ids, choice_seed, draw_seed, sampling_to_proto
@@ -35,15 +37,18 @@ _Result = TypeVar("_Result")
 class EdgeConfig:
     """served_model_names: the first is the model's own, all are answered to
 
-    api_key: None = open to everybody; several, separated by commas
+    keys: None = open to everybody
     salt_by_api_key: what one key's requests have cached, another's don't find
+    cors_origins: whose pages' scripts may use the server from a browser; ("*",) = anybody's
     """
 
     served_model_names: tuple[str, ...]
     version: str
-    api_key: str | None = None
+    keys: KeyRing | None = None
     salt_by_api_key: bool = False
+    cors_origins: tuple[str, ...] = ()
     max_body_bytes: int = 16 << 20
+    admission: AdmissionLimits = field(default_factory=AdmissionLimits)
     max_choices: int = 1024  # of one request: prompts × n
 
 
@@ -61,6 +66,7 @@ class Serving:
     tokenizer: Tokenizer | None
     defaults: GenerationDefaults
     dispatcher: Dispatcher
+    admission: Admission
     metrics: EdgeMetrics
     answer_ids: AnswerIds = field(default_factory=AnswerIds)
 
@@ -143,6 +149,7 @@ class Serving:
         stop_token_ids = frozenset(sampling.stop_token_ids)
         if not sampling.ignore_eos:
             stop_token_ids |= frozenset(self.defaults.eos_token_ids)
+        standing = exchange.standing(body.priority)
         planned: list[tuple[int, messages_pb2.GenerationRequest]] = []  # with its prompt's index
         for prompt_index, prompt in enumerate(prompts):
             check_prompt(prompt.token_ids, model, limit.prompt_param)
@@ -161,7 +168,7 @@ class Serving:
             Choice(
                 index,
                 prompt_index,
-                self.dispatcher.generate(request),
+                self.admission.generate(request, standing),
                 Detokenizer(
                     self.tokenizer,
                     prompts[prompt_index].token_ids,

@@ -30,7 +30,6 @@ _BOTH: Mapping[str, Harmless] = {
     "length_penalty": (1,),
     "logits_processors": ([],),
     "logprob_token_ids": ([],),
-    "priority": (0,),
     "prompt_logprobs": (),
     "request_id": (),  # the header x-request-id
     "return_token_ids": (False,),

@@ -15,7 +15,9 @@ from services.router.generation import EndEvent, ServedModel, TokensEvent
 MODEL = ServedModel(max_model_len=256, vocab_size=4096, block_size=16)
 
 HANG = "hang"
-Step = TokensEvent | EndEvent | Exception | float | str  # a float: seconds to wait; HANG: nothing more comes
+ACCEPT = "accept"
+# A float: seconds to wait. HANG: nothing more comes. ACCEPT: a worker has it.
+Step = TokensEvent | EndEvent | Exception | float | str
 Script = Callable[[messages_pb2.GenerationRequest], Iterable[Step]]
 
 
@@ -24,6 +26,7 @@ class FakeGeneration:
 
     def __init__(self, request: messages_pb2.GenerationRequest, steps: Iterable[Step]) -> None:
         self.request = request
+        self.on_accepted: Callable[[], None] | None = None
         self.num_pulled = 0
         self.has_begun = asyncio.Event()
         self.closed = asyncio.Event()
@@ -36,7 +39,10 @@ class FakeGeneration:
     async def __anext__(self) -> TokensEvent | EndEvent:
         self.has_begun.set()
         for step in self._steps:
-            if isinstance(step, float):
+            if step == ACCEPT:
+                if self.on_accepted is not None:
+                    self.on_accepted()
+            elif isinstance(step, float):
                 await asyncio.sleep(step)
             elif isinstance(step, Exception):
                 raise step
@@ -70,9 +76,10 @@ class FakeDispatcher:
         self.reason = ""
         self.trouble = ""
         self.generations: list[FakeGeneration] = []
+        self.generation_class = FakeGeneration
 
     def generate(self, request: messages_pb2.GenerationRequest) -> FakeGeneration:
-        generation = FakeGeneration(request, self.script(request))
+        generation = self.generation_class(request, self.script(request))
         self.generations.append(generation)
         return generation
 

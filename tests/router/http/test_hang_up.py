@@ -22,10 +22,13 @@ NUM_FLOOD_EVENTS = 10_000  # 20 MB of text and more: more than the sockets' buff
 
 
 @asynccontextmanager
-async def posted(edge: Edge, body: dict[str, Any]) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+async def posted(
+    edge: Edge, body: dict[str, Any], headers: str = ""
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """headers: whole lines, with their ends."""
     reader, writer = await asyncio.open_connection("127.0.0.1", edge.port, limit=1 << 12)
     raw = orjson.dumps(body)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(raw)}\r\n\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\n{headers}Content-Length: {len(raw)}\r\n\r\n"
     writer.write(head.encode() + raw)
     try:
         yield reader, writer

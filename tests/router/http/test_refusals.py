@@ -259,12 +259,11 @@ async def test_unknown_models_routes_and_methods(edge: Edge) -> None:
 async def test_keys(tokenizer: Tokenizer, defaults: GenerationDefaults) -> None:
     async with running(make_served(tokenizer, defaults, api_key="sésame")) as edge:
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic sesame"}):
-            for path in ("/v1/models", "/metrics", "/docs", "/nothing"):
+            for path in ("/v1/models", "/metrics", "/docs", "/openapi.json", "/version", "/debug/route/x", "/nothing"):
                 error = error_of(await edge.http.get(path, headers=headers), 401)
                 assert error["type"] == "authentication_error"
             error_of(await edge.http.post(COMPLETIONS, content=b"{", headers=headers), 401)
         assert (await edge.http.get("/health")).status_code == 200
-        assert (await edge.http.get("/version")).status_code == 200
         right = httpx.Headers({b"authorization": "Bearer sésame".encode()})
         assert (await edge.http.get("/v1/models", headers=right)).status_code == 200
         async with edge.openai(api_key="wrong") as client:
