@@ -32,6 +32,7 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local changes = redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
 """
+# A Redis that is full refuses what adds, but not in a script that has begun to write: the removal comes first.
 _RENEW = (
     _REMOVE_ENDED
     + """
