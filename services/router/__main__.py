@@ -73,9 +73,12 @@ async def serve(settings: RouterSettings, process: Process) -> None:
     process.spawn(fleet.run(), "fleet")
     await server.start()
     process.stack.push_async_callback(server.stop, settings.drain_seconds)
-    await start_http(app, listener, process, _http_options(settings, tls), registry)
+    if not settings.http_shared:
+        await start_http(app, listener, process, _http_options(settings, tls), registry)
     if settings.discovery == "static":
         await fleet.wait_connected()  # others come and go: /health tells whether there are enough
+    if settings.http_shared:  # others answer meanwhile
+        await start_http(app, listener, process, _http_options(settings, tls), registry)
     host, port = listener.getsockname()[:2]
     scheme = "http" if tls is None else "https"
     process.ready(address=server.address, http=f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")

@@ -37,7 +37,8 @@ class HttpOptions:
 def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
     """A listening socket. Who connects before the server runs waits. Raises StartupError if it cannot be had.
 
-    shared: other processes of this user may listen there as well; the kernel deals connections out among them
+    shared: other processes of this user may listen there as well; the kernel deals connections out among those that
+    listen. So this one does not yet: who connects is served at once by one that is ready.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -47,7 +48,8 @@ def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
             if shared:
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             listener.bind(address)
-            listener.listen()
+            if not shared:
+                listener.listen()
         except OSError:
             listener.close()
             raise
