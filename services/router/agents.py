@@ -11,15 +11,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-import grpc.aio
-
 from relevo.core.errors import RelevoError, Unauthenticated
 from relevo.core.prefix_index import PrefixIndex
-from services.common.errors import relevo_errors
-from services.common.grpc import cancelling, make_channel
+from services.common.grpc import make_channel
 from services.common.security import NO_SECURITY, Security
 from services.pb import kvtransfer_pb2_grpc, worker_pb2
-from services.router.block_watch import BlockWatch
+from services.router.block_watch import BlockWatch, follow_blocks, is_our_own_cancellation
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +63,9 @@ class Agents:
             while True:
                 pause_seconds = BACKOFF_SECONDS
                 try:
-                    await self._watch(channel, address)
+                    watching = kvtransfer_pb2_grpc.KvTransferStub(channel).WatchBlocks(worker_pb2.WatchBlocksRequest())
+                    watch = BlockWatch(self._index, _PREFIX + address)
+                    await follow_blocks(watching, watch, f"kvtransfer agent {address}", SILENCE_SECONDS)
                 except TimeoutError:
                     complaint = _complain(address, f"it was silent for {SILENCE_SECONDS:g} s", complaint)
                 except Unauthenticated as error:
@@ -75,10 +74,8 @@ class Agents:
                 except RelevoError as error:
                     complaint = _complain(address, error.message, complaint)
                 except asyncio.CancelledError:
-                    task = asyncio.current_task()
-                    if task is None or task.cancelling():
+                    if is_our_own_cancellation():
                         raise
-                    # gRPC raises it also when it was the peer who ended the call with CANCELLED.
                 self._index.forget(_PREFIX + address)
                 if address not in self._num_workers:
                     return
@@ -88,18 +85,6 @@ class Agents:
             self._index.forget(_PREFIX + address)
             with suppress(asyncio.CancelledError):
                 await channel.close()
-
-    async def _watch(self, channel: grpc.aio.Channel, address: str) -> None:
-        """One WatchBlocks call, to its end. Raises TimeoutError on silence, EventGap, or what ended the call."""
-        watch = BlockWatch(self._index, _PREFIX + address)
-        watching = kvtransfer_pb2_grpc.KvTransferStub(channel).WatchBlocks(worker_pb2.WatchBlocksRequest())
-        with relevo_errors(f"kvtransfer agent {address}"), cancelling(watching) as call:
-            while True:
-                async with asyncio.timeout(SILENCE_SECONDS):
-                    event = await call.read()
-                if not isinstance(event, worker_pb2.BlockEvents):
-                    return  # EOF
-                watch.apply(event)
 
 
 class AgentBlocks:

@@ -1,10 +1,19 @@
-"""Follows one worker's block events into the prefix index."""
+"""Follows the block events of a worker, or of an agent, into the prefix index."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+
+import grpc.aio
+
 from relevo.core.errors import RelevoError
 from relevo.core.prefix_index import PrefixIndex, split_names
-from services.pb import worker_pb2
+from services.common.errors import relevo_errors
+from services.common.grpc import cancelling
+from services.pb import messages_pb2, worker_pb2
+
+BlocksCall = grpc.aio.UnaryStreamCall[worker_pb2.WatchBlocksRequest, worker_pb2.BlockEvents]
 
 
 class EventGap(RelevoError):
@@ -51,3 +60,28 @@ class BlockWatch:
         self._index.store(self._worker, split_names(snapshot.block_hashes))
         self._sequence = event.sequence
         self.is_complete = snapshot.last
+
+
+async def follow_blocks(
+    watching: BlocksCall,
+    watch: BlockWatch,
+    peer: str,
+    silence_seconds: float,
+    on_load: Callable[[messages_pb2.Load], None] | None = None,
+) -> None:
+    """One WatchBlocks call, to its end. Raises TimeoutError on silence, EventGap, or what ended the call."""
+    with relevo_errors(peer), cancelling(watching) as call:
+        while True:
+            async with asyncio.timeout(silence_seconds):
+                event = await call.read()
+            if not isinstance(event, worker_pb2.BlockEvents):
+                return  # EOF
+            if on_load is not None and event.HasField("load"):
+                on_load(event.load)
+            watch.apply(event)
+
+
+def is_our_own_cancellation() -> bool:
+    """gRPC raises CancelledError also where it was the peer who ended the call with CANCELLED: is it for this task?"""
+    task = asyncio.current_task()
+    return task is None or bool(task.cancelling())

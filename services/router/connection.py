@@ -15,11 +15,11 @@ from relevo.core.placement import WorkerView
 from relevo.core.prefix_index import PrefixIndex
 from relevo.core.worker_load import PromptWork, WorkerLoad
 from services.common.errors import relevo_errors
-from services.common.grpc import cancelling, make_channel
+from services.common.grpc import make_channel
 from services.common.security import NO_SECURITY, Security
 from services.pb import messages_pb2, worker_pb2, worker_pb2_grpc
 from services.router.agents import AgentBlocks, Agents
-from services.router.block_watch import BlockWatch
+from services.router.block_watch import BlockWatch, follow_blocks, is_our_own_cancellation
 from services.router.breaker import CircuitBreaker
 from services.router.request_stream import Command, RequestInbox, RequestStream, WorkerCall, WorkerKind
 
@@ -258,26 +258,20 @@ class WorkerConnection:
             except RelevoError as error:
                 logger.info("watching the blocks of %s again: %s", self.address, error.message)
             except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if task is None or task.cancelling():
+                if is_our_own_cancellation():
                     raise
-                # gRPC raises it also when it was the peer who ended the call with CANCELLED.
             await asyncio.sleep(MIN_BACKOFF_SECONDS)
 
     async def _follow(self, channel: grpc.aio.Channel, stream: RequestStream) -> None:
-        """One WatchBlocks call, to its end. Raises TimeoutError on silence, EventGap, or what ended the call."""
-        watch = BlockWatch(self._index, self.address)
+        """One WatchBlocks call, to its end; raises as follow_blocks does."""
+
+        def on_load(load: messages_pb2.Load) -> None:
+            self.load.reported(load, asyncio.get_running_loop().time())
+            self._judge_step(load, stream)
+
         watching = worker_pb2_grpc.WorkerStub(channel).WatchBlocks(worker_pb2.WatchBlocksRequest())
-        with relevo_errors(self.address), cancelling(watching) as call:
-            while True:
-                async with asyncio.timeout(self._silence_seconds):
-                    event = await call.read()
-                if not isinstance(event, worker_pb2.BlockEvents):
-                    return  # EOF
-                if event.HasField("load"):
-                    self.load.reported(event.load, asyncio.get_running_loop().time())
-                    self._judge_step(event.load, stream)
-                watch.apply(event)
+        watch = BlockWatch(self._index, self.address)
+        await follow_blocks(watching, watch, self.address, self._silence_seconds, on_load)
 
     def _judge_step(self, load: messages_pb2.Load, stream: RequestStream) -> None:
         """A worker whose engine hangs answers and says so, but serves nobody: its requests go on elsewhere.

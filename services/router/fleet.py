@@ -113,7 +113,7 @@ class Fleet:
         """Follows discovery and keeps the connections, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             self.agents.start(tasks)
-            tasks.create_task(self._discovery.run(), name="discovery")
+            tasks.create_task(self._discovery.run(self._is_alive), name="discovery")
             for kind in (PREFILL, DECODE):
                 tasks.create_task(self._follow(kind, tasks))
 
@@ -155,6 +155,10 @@ class Fleet:
             stuck_seconds=self._stuck_seconds,
             on_connected=self._tell,
         )
+
+    def _is_alive(self, address: str) -> bool:
+        found = (of_kind.get(address) for of_kind in self._workers.values())
+        return any(worker.is_connected and not worker.load.report.draining for worker in found if worker is not None)
 
     def _tell(self) -> None:
         self._model = None

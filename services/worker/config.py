@@ -16,8 +16,8 @@ class WorkerSettings(FleetSettings):
 
     worker_id: str = Field("", description="stable name, e.g. decode-0; by default the role and the port")
     model: str | None = Field(None, description="Hugging Face id or local folder; by default the demo model")
-    discovery: Literal["static", "redis"] = Field(
-        "static", description="how routers find this worker; static: they are told; redis: it signs in at --redis-url"
+    discovery: Literal["static", "redis", "dns"] = Field(
+        "static", description="how routers find this worker; redis: it signs in at --redis-url; else they are told"
     )
     advertise_address: str = Field(
         "", description="of --discovery redis: host:port under which routers reach this worker; by default --host"

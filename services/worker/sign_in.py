@@ -14,7 +14,7 @@ _EVERYWHERE = ("0.0.0.0", "::", "[::]")
 
 def check_sign_in(settings: WorkerSettings) -> None:
     """Before minutes of loading. Raises StartupError for settings with which no router would find this worker."""
-    if settings.discovery == "static":
+    if settings.discovery != "redis":
         return
     if settings.redis_url is None:
         raise StartupError("--discovery redis needs --redis-url (or RELEVO_REDIS_URL): redis://HOST:PORT/0")

@@ -20,6 +20,7 @@ from services.common.grpc import make_channel
 from services.common.security import NO_SECURITY, Security
 from services.pb import worker_pb2, worker_pb2_grpc
 from services.router import agents, connection
+from services.router.block_watch import BlocksCall, BlockWatch, follow_blocks
 from services.router.fleet import Fleet
 from services.router.request_stream import DECODE, PREFILL
 from tests.router.harness import BLOCK_SIZE, Harness, collect, make_request, names_of, until
@@ -188,13 +189,13 @@ async def test_wrong_certificate_is_said_to_be_one(
 def count_watches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Attempts from now on to follow an agent: which one."""
     asked: list[str] = []
-    watch = agents.Agents._watch
+    follow = follow_blocks
 
-    async def counted(self: agents.Agents, channel: grpc.aio.Channel, address: str) -> None:
-        asked.append(address)
-        await watch(self, channel, address)
+    async def counted(watching: BlocksCall, watch: BlockWatch, peer: str, silence_seconds: float) -> None:
+        asked.append(peer)
+        await follow(watching, watch, peer, silence_seconds)
 
-    monkeypatch.setattr(agents.Agents, "_watch", counted)
+    monkeypatch.setattr(agents, "follow_blocks", counted)
     return asked
 
 

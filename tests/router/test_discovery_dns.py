@@ -56,7 +56,7 @@ class Seen:
 @asynccontextmanager
 async def watching(resolver: Resolver) -> AsyncIterator[Seen]:
     seen = Seen(DnsDiscovery(NAMES, INTERVAL_SECONDS, resolver))
-    tasks = [asyncio.create_task(seen.discovery.run())]
+    tasks = [asyncio.create_task(seen.discovery.run(lambda _address: False))]
     tasks += [asyncio.create_task(seen.follow(role)) for role in NAMES]
     try:
         yield seen

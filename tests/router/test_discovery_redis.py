@@ -65,6 +65,7 @@ class Stage:
     """Workers and routers without anything but their places in the list."""
 
     def __init__(self, server: RedisServer, stack: AsyncExitStack) -> None:
+        self.alive: set[str] = set()  # addresses that all routers know to be alive
         self._server = server
         self._stack = stack
 
@@ -75,7 +76,7 @@ class Stage:
 
     def router(self, fleet: str = "default") -> Seen:
         seen = Seen(RedisDiscovery(self.redis(fleet), TTL_SECONDS))
-        self._run(seen.discovery.run())
+        self._run(seen.discovery.run(lambda address: address in self.alive))
         self._run(seen.follow())
         return seen
 
@@ -182,11 +183,11 @@ async def test_fleets_of_one_redis_do_not_see_each_other(stage: Stage) -> None:
 
 
 async def test_what_is_no_worker_is_ignored(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
-    stage._server.client.zadd("relevo:fleet:default", {"nonsense": 1e15, '{"role": "decode"}': 1e15})
+    stage._server.client.zadd("relevo:fleet:default", {"nonsense": 1e15, b"\xff": 1e15, '{"role": "decode"}': 1e15})
     router = stage.router()
     stage.worker(decode(1))
     await router.until(decode(1))
-    assert caplog.text.count("describes no worker") == 2
+    assert caplog.text.count("describes no worker") == 3
 
 
 async def test_known_workers_stay_while_redis_is_gone(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
@@ -232,6 +233,31 @@ async def test_flushed_redis_costs_nobody_its_place(stage: Stage) -> None:
     stage._server.client.flushall()
     await until(lambda: len(keys_of(stage)) == 1)
     assert router.num_changes == num_changes
+
+
+async def test_who_is_known_to_be_alive_stays_without_a_lease(stage: Stage) -> None:
+    """Its way to Redis is broken, and not the router's way to it."""
+    router = stage.router()
+    cut_off, dead = stage.worker(decode(1)), stage.worker(decode(2))
+    await router.until(decode(1), decode(2))
+    stage.alive.add(decode(1).address)
+    await cut_off.die()
+    await dead.die()
+    await router.until(decode(1))
+    assert not keys_of(stage)
+    stage.alive.clear()
+    await router.until()
+
+
+async def test_full_redis_takes_renewals(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    router = stage.router()
+    stage.worker(decode(1))
+    await router.until(decode(1))
+    stage._server.client.config_set("maxmemory", 1)
+    before = num_calls(stage)
+    await until(lambda: num_calls(stage) > before + 2 * 3)  # for longer than a TTL
+    assert router.decode == named(decode(1)) and len(keys_of(stage)) == 1
+    assert not caplog.records
 
 
 async def test_redis_that_hangs_is_gone(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

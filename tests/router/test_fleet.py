@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, suppress
 import pytest
 
 from relevo.core.errors import Unavailable
-from services.common.discovery import Members
+from services.common.discovery import IsAlive, Members
 from services.pb import router_pb2
 from services.router.dispatch import FleetDispatcher
 from services.router.fleet import Fleet
@@ -110,7 +110,7 @@ class ChangingDiscovery:
         while True:
             yield await self.decode.get()
 
-    async def run(self) -> None:
+    async def run(self, is_alive: IsAlive) -> None:
         pass
 
 

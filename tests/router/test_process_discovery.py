@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -14,6 +15,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from relevo.core.errors import StartupError
+from services.common.config import parse_settings
+from services.router.config import RouterSettings
 from tests.support.fake_workers import FakeDecode
 from tests.support.redis_server import running_redis
 
@@ -23,8 +27,8 @@ SECRET = "open-sesame"
 
 
 @asynccontextmanager
-async def router(*flags: str, **environment: str) -> AsyncIterator[tuple[str, int]]:
-    """Its URL and pid. It is ready whether or not there are workers."""
+async def router(*flags: str, dies: bool = False, **environment: str) -> AsyncIterator[tuple[str, int]]:
+    """Its URL and pid. It is ready whether or not there are workers. dies: by SIGKILL, from the test."""
     read_fd, write_fd = os.pipe()
     command = [sys.executable, "-m", "services.router", "--port=0", "--http-port=0", f"--ready-fd={write_fd}", *flags]
     process = subprocess.Popen(command, pass_fds=(write_fd,), env={**os.environ, **environment})  # noqa: ASYNC220
@@ -36,7 +40,7 @@ async def router(*flags: str, **environment: str) -> AsyncIterator[tuple[str, in
         yield json.loads(line)["http"], process.pid
     finally:
         process.terminate()
-        assert await asyncio.to_thread(process.wait, 20) == 0
+        assert await asyncio.to_thread(process.wait, 20) == (-signal.SIGKILL if dies else 0)
 
 
 async def until_health(client: httpx.AsyncClient, url: str, sign: str, status: int = 200) -> str:
@@ -109,14 +113,43 @@ async def test_router_resolves_names() -> None:
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (("--discovery=redis",), "--discovery redis needs --redis-url (or RELEVO_REDIS_URL)"),
-        (("--discovery=redis", "--redis-url=localhost:6379"), "--redis-url"),
-        (("--discovery=redis", "--redis-url=redis://h/0", "--decode=a:1"), "are for --discovery static or dns"),
-        (("--discovery=dns",), "--decode is missing"),
+        (["--discovery=redis"], "--discovery redis needs --redis-url (or RELEVO_REDIS_URL)"),
+        (["--discovery=redis", "--redis-url=redis://h/0", "--decode=a:1"], "are for --discovery static or dns"),
+        (["--discovery=dns"], "--decode is missing"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(flags: tuple[str, ...], reason: str) -> None:
-    command = [sys.executable, "-m", "services.router", "--port=0", "--http-port=0", *flags]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert run.returncode == 1
-    assert reason in run.stderr and len(run.stderr.splitlines()) == 1
+def test_settings_that_do_not_fit_are_refused(flags: list[str], reason: str) -> None:
+    with pytest.raises(StartupError) as caught:
+        parse_settings(RouterSettings, flags)
+    assert reason in caught.value.message
+
+
+async def test_one_of_two_routers_may_be_killed(tmp_path: Path) -> None:
+    pytest.importorskip("redis", reason="the extra relevo[redis] is not installed")
+    from services.common.discovery.fleet_redis import FleetRedis, Member
+
+    first, second = FakeDecode("decode-0"), FakeDecode("decode-1")
+    await first.start()
+    await second.start()
+    with running_redis(tmp_path) as server:
+        redis = FleetRedis(server.url, "default")
+        flags = ("--discovery=redis", "--discovery-ttl-seconds=60", f"--redis-url={server.url}")
+        async with (
+            router(*flags) as (survivor, _),
+            router(*flags, dies=True) as (victim, pid),
+            httpx.AsyncClient(timeout=20) as client,
+        ):
+            await redis.renew(Member("decode", first.address, first.info.incarnation, "decode-0"), 60.0)
+            for url in (survivor, victim):
+                await until_health(client, url, "ok")
+                await complete(client, url)
+            os.kill(pid, signal.SIGKILL)
+            await redis.renew(Member("decode", second.address, second.info.incarnation, "decode-1"), 60.0)
+            await redis.leave(Member("decode", first.address, first.info.incarnation, "decode-0"))
+            await second.journal.wait("decode-1", "watch")
+            await first.journal.wait("decode-0", "stream_end", 2)  # of each router
+            await complete(client, survivor)
+            assert len(second.journal.all("decode-1", "submit")) == 1
+        await redis.close()
+    await first.stop()
+    await second.stop()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import grpc
 import pytest
 
 from relevo.core.errors import Unavailable
-from services.pb import decode_pb2, messages_pb2
+from services.pb import decode_pb2, messages_pb2, worker_pb2, worker_pb2_grpc
 from services.worker.metrics import WorkerCollector
 from services.worker.session import Session
 from tests.support.agents import TIMEOUT_SECONDS, until
@@ -193,6 +194,18 @@ async def test_drain_refuses_new_requests_and_finishes_running_ones() -> None:
         assert token_ids == continuation(PROMPT, 4)
         await drain
         assert await stream.wait_closed() is grpc.StatusCode.OK
+
+
+async def test_routers_are_told_of_a_drain_at_once() -> None:
+    async with running_local_decode() as running:
+        stub: Any = worker_pb2_grpc.WorkerStub(running.channel)
+        watching = stub.WatchBlocks(worker_pb2.WatchBlocksRequest())
+        assert not (await watching.read()).load.draining
+        async with asyncio.timeout(0.5):  # the load comes by itself once a second
+            running.worker.begin_drain()
+            while not (await watching.read()).load.draining:
+                pass
+        watching.cancel()
 
 
 async def test_drain_cancels_what_does_not_end_in_time() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 Members: TypeAlias = Mapping[str, str]
 """address (host:port) → incarnation of the process that listens there, "" where discovery does not know."""
+
+IsAlive: TypeAlias = Callable[[str], bool]
+"""Whether whoever listens at this address is known to be well, by its own word."""
 
 
 class Discovery(Protocol):
@@ -18,7 +21,7 @@ class Discovery(Protocol):
         """The workers of a role now, then again whenever they change. Ends if they never will."""
         ...
 
-    async def run(self) -> None:
+    async def run(self, is_alive: IsAlive) -> None:
         """What has to be done for watch() meanwhile; returns if that is nothing."""
 
 
@@ -33,7 +36,7 @@ class StaticDiscovery:
     async def watch(self, role: str) -> AsyncIterator[Members]:
         yield self._addresses.get(role, {})
 
-    async def run(self) -> None:
+    async def run(self, is_alive: IsAlive) -> None:
         pass
 
 

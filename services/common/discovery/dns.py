@@ -7,7 +7,7 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 
-from services.common.discovery import Members, unknown_incarnations
+from services.common.discovery import IsAlive, Members, unknown_incarnations
 from services.common.discovery.board import Board
 from services.common.grpc import format_address
 
@@ -40,7 +40,7 @@ class DnsDiscovery:
     def watch(self, role: str) -> AsyncIterator[Members]:
         return self._board.watch(role)
 
-    async def run(self) -> None:
+    async def run(self, is_alive: IsAlive) -> None:
         """Until cancelled."""
         while True:
             names = {name for of_role in self._names.values() for name in of_role}

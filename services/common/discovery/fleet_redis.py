@@ -32,6 +32,7 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local changes = redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
 """
+# A Redis that is full refuses what adds, but not in a script that has begun to write: the removal comes first.
 _RENEW = (
     _REMOVE_ENDED
     + """
@@ -89,6 +90,7 @@ class FleetRedis:
             self._redis: Any = redis.asyncio.Redis.from_url(  # its types leave open what is awaitable
                 url,
                 decode_responses=True,
+                encoding_errors="replace",  # of what is not ours, and is ignored
                 socket_timeout=CALL_SECONDS,
                 socket_connect_timeout=CALL_SECONDS,
                 retry=Retry(NoBackoff(), 0),  # who calls tries again

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 
-from services.common.discovery import Members
+from services.common.discovery import IsAlive, Members
 from services.common.discovery.board import Board
 from services.common.discovery.fleet_redis import TROUBLES, FleetRedis, Member, News
 
@@ -28,7 +28,8 @@ class RedisDiscovery:
 
     One that is missing before that was not taken out, but lost: Redis was flushed, or came back empty. It will write
     itself in again. While Redis is gone no lease ends, and when it is back each starts anew: a worker need not have
-    renewed it sooner than we look.
+    renewed it sooner than we look. One that is known to be alive stays even then: it may be its way to Redis that is
+    broken.
 
     trouble: why Redis cannot be asked; "" if it can
     """
@@ -46,13 +47,13 @@ class RedisDiscovery:
     def watch(self, role: str) -> AsyncIterator[Members]:
         return self._board.watch(role)
 
-    async def run(self) -> None:
+    async def run(self, is_alive: IsAlive) -> None:
         """Until cancelled."""
         backoff_seconds = _MIN_BACKOFF_SECONDS
         while True:
             began = time.monotonic()
             try:
-                await self._follow()
+                await self._follow(is_alive)
             except TROUBLES as error:
                 self._note_trouble(str(error) or type(error).__name__)
             if time.monotonic() - began > _MAX_BACKOFF_SECONDS:
@@ -60,14 +61,14 @@ class RedisDiscovery:
             await asyncio.sleep(backoff_seconds)
             backoff_seconds = min(2 * backoff_seconds, _MAX_BACKOFF_SECONDS)
 
-    async def _follow(self) -> None:
+    async def _follow(self, is_alive: IsAlive) -> None:
         """One connection's life. Raises TROUBLES."""
         news = await self._redis.subscribe()
         try:
             now = time.monotonic()
             self._leases = {text: max(end, now + self._ttl_seconds) for text, end in self._leases.items()}
             while True:
-                await self._read()
+                await self._read(is_alive)
                 if self.trouble:
                     logger.info("Redis at %s is back", self._redis.place)
                     self.trouble = ""
@@ -75,16 +76,17 @@ class RedisDiscovery:
         finally:
             await news.close()
 
-    async def _read(self) -> None:
+    async def _read(self, is_alive: IsAlive) -> None:
         now = time.monotonic()
         found = await self._redis.members()
         leases = {text: now + left_seconds for text, left_seconds in found}
         lost = {
             text: end
             for text, end in self._leases.items()
-            if text not in leases and text not in self._left and end > now
+            if text not in leases and text not in self._left and (end > now or _is_alive(text, is_alive))
         }
         self._left.clear()
+        self._nonsense &= leases.keys()
         self._leases = lost | leases
         members: dict[str, dict[str, str]] = {}
         # Of two at one address the one with the later lease counts: the other is dead, and renews no more.
@@ -119,3 +121,11 @@ class RedisDiscovery:
                 reason,
             )
         self.trouble = f"Redis at {self._redis.place} is gone, and new workers are not found: {reason}"
+
+
+def _is_alive(text: str, is_alive: IsAlive) -> bool:
+    """Of a member's JSON."""
+    try:
+        return is_alive(Member.from_json(text).address)
+    except ValueError:
+        return False
