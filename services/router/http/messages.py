@@ -66,6 +66,7 @@ def _parse_part(part: object, path: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     if isinstance(kind, str) and kind != "text":
         raise UnsupportedParameter(f"{path}: parts of type {kind[:MAX_NAME_CHARS]!r} are not supported yet", "messages")
-    if not isinstance(part, dict) or part.keys() != {"type", "text"} or not isinstance(part["text"], str):
+    text = part.get("text") if isinstance(part, dict) else None
+    if not isinstance(part, dict) or kind != "text" or not isinstance(text, str) or len(part) > 2:
         raise InvalidRequest(f'{path} must be {{"type": "text", "text": string}}', "messages")
-    return part["text"]
+    return text

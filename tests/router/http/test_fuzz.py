@@ -70,7 +70,7 @@ async def send_one(edge: Edge, raw: bytes, way: int) -> int | None:
     """The status, if there was one. way: 0 = wait for the answer, 1 = close the writing half and wait, 2 = just go."""
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
-    except ConnectionError:
+    except OSError:
         return None
     try:
         writer.write(raw)
@@ -79,7 +79,7 @@ async def send_one(edge: Edge, raw: bytes, way: int) -> int | None:
         if way < 2:
             line = await reader.readline()
             return int(line.split()[1]) if line else None
-    except (ConnectionError, ValueError):
+    except (OSError, ValueError):
         pass
     finally:
         writer.transport.abort()

@@ -136,6 +136,7 @@ BAD_BODIES: list[tuple[str, dict[str, Any], str]] = [
     (CHATS, {"messages": [USER | {"content": []}]}, "messages"),
     (CHATS, {"messages": [USER | {"content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
     (CHATS, {"messages": [USER | {"content": [{"type": "text"}]}]}, "messages"),
+    (CHATS, {"messages": [USER | {"content": [{"type": {}, "text": "a"}]}]}, "messages"),
     (CHATS, {"messages": [USER | {"tool_calls": [{}]}]}, "messages"),
     (CHATS, {"messages": [USER | {"content": "word " * 1000}]}, "messages"),
     (CHATS, {"messages": [USER], "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
