@@ -22,6 +22,7 @@ from services.router.backlog import Backlog
 from services.router.fair_queue import Entry, FairQueue
 from services.router.generation import Dispatcher, EndEvent, TokensEvent
 
+_TRY_SECONDS = 0.5  # a worker that has not said yes or no by then, to the first of the queue, holds nobody else up
 _MIN_PAUSE_SECONDS = 0.05
 _MAX_PAUSE_SECONDS = 1.0
 _QUEUE_TIME_BUCKETS = (0.001, 0.01, 0.05, 0.1, 0.3, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300)
@@ -70,6 +71,7 @@ class Admission:
         self._queue: FairQueue[AdmittedGeneration] = FairQueue(limits.max_queued)
         self._backlog = Backlog(time.monotonic)
         self._trying: Entry[AdmittedGeneration] | None = None
+        self._try_timer: asyncio.TimerHandle | None = None
         self._pause: asyncio.TimerHandle | None = None
         self._pause_seconds = _MIN_PAUSE_SECONDS
 
@@ -122,10 +124,12 @@ class Admission:
         entry = self._queue.peek()
         if entry is not None:
             self._trying = entry
+            loop = asyncio.get_running_loop()
+            self._try_timer = loop.call_later(_TRY_SECONDS, entry.item.count_as_running, entry)
             entry.item.take_turn()
 
     def accepted(self, entry: Entry[AdmittedGeneration]) -> None:
-        """A worker has taken it on, or it has no need of one any more. Twice is harmless."""
+        """A worker has taken it on, or takes its time to say whether it does. Twice is harmless."""
         if entry.is_queued:
             self.num_running += 1
             self._backlog.admitted()
@@ -168,6 +172,8 @@ class Admission:
         self.metrics.queued.set(len(self._queue))
         if self._trying is entry:
             self._trying = None
+            assert self._try_timer is not None
+            self._try_timer.cancel()
         if not self._queue:
             self._backlog.emptied()
         self.try_next()
@@ -194,6 +200,7 @@ class AdmittedGeneration:
         self._inner = None if admission.is_full else admission.dispatcher.generate(request)
         self._has_begun = False  # its first event is there: from now on it is the inner one alone
         self._is_running = False  # and counted
+        self._is_accepted = False
         self._turn: asyncio.Future[None] | None = None
         self._deadline = time.monotonic() + request.timeout_ms / 1e3 if request.timeout_ms else None
 
@@ -218,6 +225,12 @@ class AdmittedGeneration:
     def take_turn(self) -> None:
         if self._turn is not None and not self._turn.done():
             self._turn.set_result(None)
+
+    def count_as_running(self, entry: Entry[AdmittedGeneration]) -> None:
+        """It leaves the queue for the workers. Twice is harmless."""
+        if entry.is_queued:
+            self._is_running = True
+            self._admission.accepted(entry)
 
     def lose_place(self, error: Exception) -> None:
         if self._turn is not None and not self._turn.done():
@@ -258,13 +271,17 @@ class AdmittedGeneration:
                 self._turn = loop.create_future()  # of the next try, if this one is refused
                 try:
                     event = await self._start(entry)
-                except Exhausted:
-                    if not entry.is_queued:  # a worker had taken it on
+                except Exhausted as error:
+                    if self._is_accepted:
                         raise
                     self._inner = None
-                    admission.refused(entry)
+                    if entry.is_queued:
+                        admission.refused(entry)
+                    else:  # it was counted as running meanwhile
+                        self._leave()
+                        entry = admission.enqueue(self, error)
                 else:
-                    self._note_accepted(entry)
+                    self.count_as_running(entry)
                     admission.metrics.queue_time.observe(time.monotonic() - queued_at)
                     return event
         except BaseException:
@@ -299,9 +316,8 @@ class AdmittedGeneration:
             raise self._admission.overdue() from None
 
     def _note_accepted(self, entry: Entry[AdmittedGeneration]) -> None:
-        if entry.is_queued:
-            self._is_running = True
-            self._admission.accepted(entry)
+        self._is_accepted = True
+        self.count_as_running(entry)
 
     def _leave(self) -> None:
         if self._is_running:

@@ -14,6 +14,7 @@ from relevo.core.request import FinishReason
 from relevo.model_files import GenerationDefaults
 from relevo.tokenizer import Tokenizer
 from services.pb import messages_pb2
+from services.router import admission
 from services.router.admission import AdmissionLimits
 from services.router.generation import EndEvent, TokensEvent
 from services.router.http.keys import ApiKey, KeyRing
@@ -253,3 +254,32 @@ async def test_the_next_tries_as_soon_as_a_worker_has_the_first(edge: Edge, slot
     for task in line.replies.values():
         task.cancel()
     await asyncio.wait(line.replies.values())
+
+
+async def test_a_worker_that_does_not_answer_the_first_holds_nobody_else_up(
+    edge: Edge, slots: Slots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And when it refuses in the end, the first queues again."""
+    monkeypatch.setattr(admission, "_TRY_SECONDS", 0.05)
+    line = Line(edge)
+    for number in (5, 6):
+        await line.send(number)
+    num_asked = 0
+
+    def silent_once(request: messages_pb2.GenerationRequest) -> Iterator[Step]:
+        nonlocal num_asked
+        if request.prompt_token_ids[0] == 5:
+            num_asked += 1
+            if num_asked == 1:
+                yield 0.3
+                yield Exhausted("no room after all")
+        yield ACCEPT
+        yield TokensEvent([300])
+        yield EndEvent(FinishReason.LENGTH)
+
+    edge.dispatcher.script = silent_once
+    first_done, _ = await asyncio.wait(line.replies.values(), return_when=asyncio.FIRST_COMPLETED)
+    assert first_done == {line.replies[6]}
+    assert await line.statuses() == {5: 200, 6: 200}
+    assert num_asked == 2
+    assert line.num_waiting == 0
