@@ -32,12 +32,12 @@ MAX_HEAD_BYTES = 8 << 10
 
 @pytest.fixture
 async def strict(shared: Served) -> AsyncIterator[Edge]:
-    """An edge without patience."""
+    """An edge without much patience; with enough for a busy machine."""
     shared.dispatcher.reset()
     limits = ConnectionLimits(
-        max_connections=8, max_head_bytes=MAX_HEAD_BYTES, head_seconds=0.2, body_seconds=0.3, write_seconds=0.4
+        max_connections=8, max_head_bytes=MAX_HEAD_BYTES, head_seconds=1.0, body_seconds=1.0, write_seconds=1.0
     )
-    async with running(shared, HttpOptions(limits=limits, keep_alive_seconds=0.5)) as edge:
+    async with running(shared, HttpOptions(limits=limits, keep_alive_seconds=1.0)) as edge:
         yield edge
         await until(lambda: not edge.connections)
 
@@ -291,7 +291,7 @@ async def test_a_slow_reader_that_does_read_is_not_cut(strict: Edge, tokenizer: 
     loop = asyncio.get_running_loop()
     async with posted(strict, {"prompt": [5], "stream": True}) as (reader, _):
         began = loop.time()
-        while loop.time() < began + 1.2:
+        while loop.time() < began + 2.0:
             assert len(await reader.read(1 << 20)) > 0
             await asyncio.sleep(0.01)
         assert len(strict.connections) == 1
