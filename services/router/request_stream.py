@@ -61,6 +61,7 @@ class WorkerCall:
         self.handle = handle
         self.inbox = inbox
         self.ended = False
+        self.has_begun = False  # the worker has said something of it, and not as its last word
         self._stream = stream
 
     def send(self, command: Command) -> None:
@@ -188,17 +189,20 @@ class RequestStream:
         if kind == "ended":
             self._judge(call, update.ended)
             self._forget(call)
-        elif kind in _FIRST_TOKENS:
+        else:
+            call.has_begun = True
+        if kind in _FIRST_TOKENS:
             self._load.computed(call.handle, asyncio.get_running_loop().time())
             self._breaker.worked(call.handle)
         if not call.inbox.put((call, update)):
             self.cancel(call)
 
     def _judge(self, call: WorkerCall, ended: messages_pb2.Ended) -> None:
+        """One that failed on the way may have failed for others: for the agent, say. That is no verdict."""
         if ended.error.code != _UNAVAILABLE:
             self._breaker.worked(call.handle)
-        elif not self._load.report.draining:
-            self._breaker.failed(asyncio.get_running_loop().time())
+        elif not (call.has_begun or self._load.report.draining):
+            self._breaker.refused(call.handle, asyncio.get_running_loop().time())
 
     def _forget(self, call: WorkerCall) -> None:
         call.ended = True

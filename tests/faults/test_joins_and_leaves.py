@@ -58,16 +58,10 @@ class Stage:
 @asynccontextmanager
 async def staged(zygote: Zygote, model: Path, folder: Path, redis: RedisServer) -> AsyncIterator[Stage]:
     """At the end nothing may be held anywhere."""
-    from services.common.discovery.fleet_redis import FleetRedis
-    from services.common.discovery.redis_discovery import RedisDiscovery
-
     async with AsyncExitStack() as stack:
         agent = await stack.enter_async_context(running_agent(folder, num_blocks=NUM_PAGES))
-        connection = FleetRedis(redis.url, "default")
-        stack.push_async_callback(connection.close)
-        fleet = Fleet(RedisDiscovery(connection, TTL_SECONDS))
-        run = asyncio.create_task(fleet.run())
-        stage = Stage(zygote, model, agent, redis, Clients(fleet))
+        clients, run = make_router(redis, stack)
+        stage = Stage(zygote, model, agent, redis, clients)
         try:
             yield stage
             await stage.clients.until_whole()
@@ -83,7 +77,7 @@ async def staged(zygote: Zygote, model: Path, folder: Path, redis: RedisServer) 
 async def test_no_request_fails_while_workers_join_and_leave(
     zygote: Zygote, model: Path, tmp_path: Path, redis: RedisServer
 ) -> None:
-    prompts = make_prompts()[::3]
+    prompts = make_prompts()[::7]
     expected = transformers_greedy(model, prompts, NUM_TOKENS)
     is_over = False
     num_requests = num_moved = 0
@@ -122,6 +116,41 @@ async def test_no_request_fails_while_workers_join_and_leave(
             is_over = True
         print(f"{num_requests} requests, {num_moved} moved")
         assert num_moved > 0
+
+
+async def test_router_that_dies_leaves_nothing_at_the_workers(
+    zygote: Zygote, model: Path, tmp_path: Path, redis: RedisServer
+) -> None:
+    """Another one goes on meanwhile."""
+    prompts = make_prompts()[:4]
+    expected = transformers_greedy(model, prompts, NUM_TOKENS)
+    endless = SamplingParams(max_tokens=300, temperature=0.0, seed=0, ignore_eos=True)
+    async with staged(zygote, model, tmp_path, redis) as stage, AsyncExitStack() as stack:
+        victim, run = make_router(redis, stack)
+        await stage.join("prefill", 5.0)
+        await stage.join("decode", 5.0)
+        for clients in (stage.clients, victim):
+            await clients.until_connected(PREFILL, 1)
+            await clients.until_connected(DECODE, 1)
+        lost = [asyncio.create_task(victim.generate(prompt, endless)) for prompt in prompts]
+        going_on = [asyncio.create_task(stage.clients.generate(prompt, GREEDY)) for prompt in prompts]
+        await until(lambda: victim.num_tokens > 8)
+        run.cancel()
+        answers = await asyncio.gather(*going_on)
+        assert [answer.token_ids for answer in answers] == expected
+        for task in lost:
+            task.cancel()
+        await asyncio.wait([*lost, run])
+
+
+def make_router(redis: RedisServer, stack: AsyncExitStack) -> tuple[Clients, asyncio.Task[None]]:
+    from services.common.discovery.fleet_redis import FleetRedis
+    from services.common.discovery.redis_discovery import RedisDiscovery
+
+    connection = FleetRedis(redis.url, "default")
+    stack.push_async_callback(connection.close)
+    fleet = Fleet(RedisDiscovery(connection, TTL_SECONDS))
+    return Clients(fleet), asyncio.create_task(fleet.run())
 
 
 async def test_killed_worker_is_out_of_the_list_by_the_end_of_its_lease(

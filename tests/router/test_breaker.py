@@ -6,7 +6,7 @@ from services.router.breaker import CircuitBreaker
 
 
 def make_breaker() -> CircuitBreaker:
-    return CircuitBreaker(max_failures=3, window_seconds=10, open_seconds=2, max_open_seconds=10)
+    return CircuitBreaker(max_failures=3, max_refusals=4, window_seconds=10, open_seconds=2, max_open_seconds=10)
 
 
 def tripped(at: float) -> CircuitBreaker:
@@ -31,6 +31,28 @@ def test_failures_far_apart_do_not_open_it() -> None:
     for now in range(0, 100, 6):
         breaker.failed(float(now))
         assert breaker.is_closed
+
+
+def test_opens_with_refusals_in_a_row_and_not_with_some_among_many() -> None:
+    breaker = make_breaker()
+    for request in range(100):
+        breaker.sent(request)
+        if request % 4:
+            breaker.refused(request, 0.0)
+        else:
+            breaker.worked(request)
+    assert breaker.is_closed
+    breaker.refused(100, 0.0)
+    assert not breaker.is_closed and not breaker.allows(1.9) and breaker.allows(2.0)
+
+
+def test_refusals_of_what_was_sent_before_say_nothing_of_a_trial() -> None:
+    breaker = tripped(0.0)
+    breaker.sent("a")
+    breaker.refused("before", 2.5)
+    assert not breaker.allows(100.0)
+    breaker.refused("a", 3.0)
+    assert not breaker.allows(6.9) and breaker.allows(7.0)
 
 
 def test_half_open_lets_one_through_and_closes_when_it_worked() -> None:

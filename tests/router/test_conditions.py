@@ -102,16 +102,16 @@ async def test_worker_that_refuses_again_and_again_is_kept_from_requests_until_a
             held.append(asyncio.create_task(serve(harness, first)))
             await harness.journal.wait("decode-1", "submit", first)
         await until_passed_over(harness, decode_0="tripped")
-        assert len(harness.journal.all("decode-0", "submit")) == 3
+        assert len(harness.journal.all("decode-0", "submit")) == 5
         gate.set()
         await asyncio.gather(*held)
-        assert len(harness.journal.all("decode-0", "submit")) == 3
+        assert len(harness.journal.all("decode-0", "submit")) == 5
         harness["decode-0"].behaviour.refuse = None
         harness.connection("decode-0").breaker._half_open_at = 0.0  # the time is over
         await until_passed_over(harness)
         harness["decode-1"].behaviour.gates["token-1"] = gate = asyncio.Event()
         first, held = 20, []
-        while len(harness.journal.all("decode-0", "submit")) < 5:  # the trial, and one after it
+        while len(harness.journal.all("decode-0", "submit")) < 7:  # the trial, and one after it
             first += 1
             num_before = len(harness.journal.names())
             held.append(asyncio.create_task(serve(harness, first)))
@@ -124,25 +124,25 @@ async def test_worker_that_refuses_again_and_again_is_kept_from_requests_until_a
 async def test_breaker_of_the_only_decode_worker_does_not_keep_requests_from_it() -> None:
     async with running("decode-0") as harness:
         harness["decode-0"].behaviour.refuse = Unavailable("cannot")
-        for first in range(1, 6):
+        for first in range(1, 7):
             with pytest.raises(Unavailable, match="cannot"):
                 await serve(harness, first)
         assert not harness.connection("decode-0").breaker.is_closed
         assert [worker.address for worker in harness.fleet.candidates(DECODE)] == [harness["decode-0"].address]
         harness["decode-0"].behaviour.refuse = None
-        await serve(harness, 6)
+        await serve(harness, 7)
         assert harness.connection("decode-0").breaker.is_closed
 
 
 async def test_prefill_workers_that_fail_are_done_without() -> None:
     async with running("prefill-0", "decode-0") as harness:
         harness["prefill-0"].behaviour.refuse = Unavailable("cannot")
-        for first in range(1, 6):
+        for first in range(1, 8):
             tokens, _ = await collect(harness.generate(40, first=first))
             assert tokens == answer(make_request(40, first=first))
-        assert len(harness.journal.all("prefill-0", "submit")) == 3
+        assert len(harness.journal.all("prefill-0", "submit")) == 5
         assert not harness.fleet.candidates(PREFILL)
-        generation = harness.generate(40, first=7)
+        generation = harness.generate(40, first=8)
         await collect(generation)
         explained = generation.explain()
         assert explained is not None

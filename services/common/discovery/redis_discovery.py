@@ -78,28 +78,35 @@ class RedisDiscovery:
 
     async def _read(self, is_alive: IsAlive) -> None:
         now = time.monotonic()
-        found = await self._redis.members()
-        leases = {text: now + left_seconds for text, left_seconds in found}
-        lost = {
-            text: end
-            for text, end in self._leases.items()
-            if text not in leases and text not in self._left and (end > now or _is_alive(text, is_alive))
-        }
+        leases = {text: now + left_seconds for text, left_seconds in await self._redis.members()}
+        taken = {member.address for text in leases if (member := self._parse(text)) is not None}
+
+        def is_lost(text: str, end: float) -> bool:
+            """Rather than gone."""
+            member = self._parse(text)
+            if member is None or member.address in taken or text in self._left:
+                return False
+            return end > now or is_alive(member.address)
+
+        lost = {text: end for text, end in self._leases.items() if text not in leases and is_lost(text, end)}
         self._left.clear()
-        self._nonsense &= leases.keys()
         self._leases = lost | leases
+        self._nonsense &= leases.keys()
         members: dict[str, dict[str, str]] = {}
         # Of two at one address the one with the later lease counts: the other is dead, and renews no more.
         for text, _ in sorted(self._leases.items(), key=lambda item: item[1]):
-            try:
-                member = Member.from_json(text)
-            except ValueError as error:
-                if text not in self._nonsense:
-                    self._nonsense.add(text)
-                    logger.warning("Redis at %s: %s: ignored", self._redis.place, error)
-                continue
-            members.setdefault(member.role, {})[member.address] = member.incarnation
+            if (found := self._parse(text)) is not None:
+                members.setdefault(found.role, {})[found.address] = found.incarnation
         self._board.write(members)
+
+    def _parse(self, text: str) -> Member | None:
+        try:
+            return Member.from_json(text)
+        except ValueError as error:
+            if text not in self._nonsense:
+                self._nonsense.add(text)
+                logger.warning("Redis at %s: %s: ignored", self._redis.place, error)
+            return None
 
     async def _wait(self, news: News) -> None:
         """Until there is reason to read again."""
@@ -121,11 +128,3 @@ class RedisDiscovery:
                 reason,
             )
         self.trouble = f"Redis at {self._redis.place} is gone, and new workers are not found: {reason}"
-
-
-def _is_alive(text: str, is_alive: IsAlive) -> bool:
-    """Of a member's JSON."""
-    try:
-        return is_alive(Member.from_json(text).address)
-    except ValueError:
-        return False
