@@ -15,7 +15,7 @@ from services.common.grpc import make_channel
 from services.kvtransfer.agent import Agent
 from services.pb import chaos_pb2, chaos_pb2_grpc
 from tests.faults.stack import GREEDY, NUM_PAGES, PAGES_PER_BLOCK, PROMPT, SETTINGS, Clients, router
-from tests.support.agents import running_agent
+from tests.support.agents import running_agent, until
 from tests.support.parity import prompts, transformers_greedy
 from tests.support.real_workers import RealWorker, real_worker
 
@@ -90,6 +90,7 @@ async def test_streams_that_end_in_the_middle(model: Path, tmp_path: Path, num_a
             assert answer.token_ids == transformers_greedy(model)[3]
         assert (await set_faults(whole.far, cut_probability=0)).num_cut > 0
         await set_faults(whole.near, cut_probability=0)
+        await until(lambda: not whole.clients.fleet.passed_over())  # prefill may have refused five times in a row
         before = whole.decode.num_computed_tokens
         answer = await whole.clients.generate(PROMPT, GREEDY, salt="next")
         assert answer.token_ids == transformers_greedy(model)[3]
