@@ -241,9 +241,8 @@ async def test_seed_gives_the_same_tokens_alone_in_a_batch_and_after_preemption(
     token_lists = [prompt[-20:] for prompt in prompts() if num_full(prompt)]
     async with running_stack(path, tmp_path, attention_backend="cpu", max_model_len=128) as stack:
         memory = 13 * stack.decode.engine.info.block_bytes
-        async with real_worker(
-            path, "decode", stack.agent, attention_backend="cpu", max_model_len=128, kv_cache_memory=memory
-        ) as tight:
+        settings = {"max_model_len": 128, "kv_cache_memory": memory, "offer_share": 0.0}
+        async with real_worker(path, "decode", stack.agent, attention_backend="cpu", **settings) as tight:
             alone = [(await stack.aggregated.generate(ids, sampling)).token_ids for ids in token_lists]
             assert all(len(answer) == 90 for answer in alone)
             split_alone = [await stack.split.generate(ids, sampling, salt="alone") for ids in token_lists]
