@@ -131,7 +131,11 @@ async def test_half_closed_stream_still_gets_its_ends() -> None:
     async with running_local_decode() as running, decode_stream(running) as stream:
         await stream.send(submit_decode(1, PROMPT, max_tokens=150))
         await stream.next(1, "accepted")
-        await stream.end()
+        running.thread.pause()
+        ending = asyncio.create_task(stream.end())
+        await until(lambda: len(running.thread._commands) == 1)  # the abort: the end of the router's side was seen
+        running.thread.go()
+        await ending
         _, ended = await stream.rest(1)
         assert ended.finish_reason == messages_pb2.FINISH_REASON_CANCELLED
         assert await stream.wait_closed() is grpc.StatusCode.OK
