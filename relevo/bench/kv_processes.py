@@ -87,7 +87,7 @@ def start_agent(stack: ExitStack, arena_bytes: int, path: str) -> AgentProcess:
     command = [sys.executable, "-m", "services.kvtransfer", *(f"--{name}={value}" for name, value in flags.items())]
     with log.open("wb") as stderr:
         process = subprocess.Popen(command, pass_fds=(fd, lifeline), stderr=stderr)
-    stack.callback(_end, process)
+    stack.callback(end_process, process)
     os.close(fd)
     os.close(lifeline)
     with os.fdopen(ready, "rb") as lines:
@@ -101,7 +101,7 @@ def start_end(stack: ExitStack, agent: str, name: str, block_bytes: int, num_blo
     """A worker's end with a pool of num_blocks, attached to an agent; ends with the stack."""
     command = [sys.executable, "-m", "services.kvtransfer.bench_end", agent, name, str(block_bytes), str(num_blocks)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    stack.callback(_end, process)
+    stack.callback(end_process, process)
     end = EndProcess(process)
     stack.callback(end.requests.close)  # its end of file ends it
     end.reply()
@@ -122,7 +122,8 @@ def wait_until_idle(pids: Sequence[int]) -> None:
         time.sleep(IDLE_PAUSE_SECONDS)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end_process(process: subprocess.Popen[bytes]) -> None:
+    """By SIGTERM, and by force if that does not do it in time."""
     if process.poll() is None:
         process.terminate()
     try:

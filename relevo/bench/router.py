@@ -22,13 +22,12 @@ from typing import IO, Any
 import orjson
 
 from relevo.bench.http_load import Load, closed_loop, post
-from relevo.bench.kv_processes import cpu_seconds
+from relevo.bench.kv_processes import END_SECONDS, cpu_seconds, end_process
 from relevo.core.errors import StartupError
 from relevo.model_files import resolve_model
 from relevo.tokenizer import Tokenizer
 
 _PATH = "/v1/completions"
-_END_SECONDS = 10.0
 NUM_PROMPTS = 64
 
 
@@ -204,23 +203,14 @@ def _spawn(
     ready, fd = os.pipe()
     command = [sys.executable, "-m", *module, "--ready-fd", str(fd)]
     process = subprocess.Popen(command, pass_fds=(fd,), **options)
-    stack.callback(_end, process)
+    stack.callback(end_process, process)
     os.sched_setaffinity(process.pid, {core})
     os.close(fd)
     with os.fdopen(ready, "rb") as lines:
         line = lines.readline()
     if not line:
-        raise StartupError(f"{module[0]} did not start (exit code {process.wait(_END_SECONDS)})")
+        raise StartupError(f"{module[0]} did not start (exit code {process.wait(END_SECONDS)})")
     return process, json.loads(line)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(_END_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def _rss_mib(pid: int) -> float:

@@ -42,14 +42,13 @@ def main() -> None:
 
 async def ask(settings: ChaosSettings) -> str:
     """Do it; returns a line that says what holds now. Raises RelevoError."""
-    metadata = read_security(settings).metadata
     async with make_channel(settings.agent, read_security(settings)) as channel:
         stub = chaos_pb2_grpc.ChaosStub(channel)
         try:
             with relevo_errors(f"kvtransfer agent {settings.agent}"):
                 if settings.action == "corrupt":
                     request = chaos_pb2.CorruptBlocksRequest(num_blocks=settings.blocks)
-                    reply = await stub.CorruptBlocks(request, timeout=_ANSWER_SECONDS, metadata=metadata)
+                    reply = await stub.CorruptBlocks(request, timeout=_ANSWER_SECONDS)
                     return f"a bit flipped in {reply.num_blocks} sealed blocks"
                 change = chaos_pb2.SetFaultsRequest(
                     delay_ms=settings.delay_ms,
@@ -58,7 +57,7 @@ async def ask(settings: ChaosSettings) -> str:
                     cut_probability=settings.cut_probability,
                     seed=settings.faults_seed,
                 )
-                return describe(await stub.SetFaults(change, timeout=_ANSWER_SECONDS, metadata=metadata))
+                return describe(await stub.SetFaults(change, timeout=_ANSWER_SECONDS))
         except Unavailable as error:
             raise Unavailable(f"no KV agent answers at {settings.agent}: {error.message}") from error
         except Mismatch as error:

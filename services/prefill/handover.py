@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -140,8 +139,6 @@ class Handover:
 
     def _copy(self, indices: Sequence[int], block_ids: Sequence[int]) -> list[int]:
         """In a thread. Returns the checksums of what was stored."""
-        started = time.monotonic()
+        ports = self._ports
         slots = [publication.slot(index) for publication, index in (self._grants[each] for each in indices)]
-        checksums = copy_out(self._ports.kv_cache, [block_ids[index] for index in indices], slots)
-        self._ports.transfers.copied(Direction.OUT, slots, time.monotonic() - started)
-        return checksums
+        return copy_out(ports.kv_cache, ports.transfers, Direction.OUT, [block_ids[index] for index in indices], slots)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from services.kvtransfer.client import read_blocks, write_blocks
 from services.worker.ports import KVCachePort
+from services.worker.transfers import Direction, Transfers
 
 T = TypeVar("T")
 
@@ -46,26 +48,41 @@ class Copier:
 
 
 def copy_in(
-    kv_cache: KVCachePort, block_ids: Sequence[int], slots: Sequence[memoryview], checksums: Sequence[int]
+    kv_cache: KVCachePort,
+    transfers: Transfers,
+    block_ids: Sequence[int],
+    slots: Sequence[memoryview],
+    checksums: Sequence[int],
 ) -> list[bool]:
     """Out of slots of the arena into reserved blocks; False for each that is not what its writer sealed. Blocking."""
+    started = time.monotonic()
     views = [kv_cache.host_view(block_id) for block_id in block_ids]
     into = [_host_bytes(view, slot) for view, slot in zip(views, slots, strict=True)]
     good = read_blocks(slots, into, checksums)
     for block_id, view, staged, is_good in zip(block_ids, views, into, good, strict=True):
         if view is None and is_good:
             kv_cache.write_block(block_id, staged)
+    transfers.copied(Direction.IN, slots, time.monotonic() - started)
     return good
 
 
-def copy_out(kv_cache: KVCachePort, block_ids: Sequence[int], slots: Sequence[memoryview]) -> list[int]:
+def copy_out(
+    kv_cache: KVCachePort,
+    transfers: Transfers,
+    direction: Direction,
+    block_ids: Sequence[int],
+    slots: Sequence[memoryview],
+) -> list[int]:
     """Blocks that are held into granted slots; the checksums to seal them with. Blocking."""
+    started = time.monotonic()
     views = [kv_cache.host_view(block_id) for block_id in block_ids]
     sources = [_host_bytes(view, slot) for view, slot in zip(views, slots, strict=True)]
     for block_id, view, staged in zip(block_ids, views, sources, strict=True):
         if view is None:
             kv_cache.read_block(block_id, staged)
-    return write_blocks(slots, sources)
+    checksums = write_blocks(slots, sources)
+    transfers.copied(direction, slots, time.monotonic() - started)
+    return checksums
 
 
 def _host_bytes(view: NDArray[Any] | None, slot: memoryview) -> memoryview:

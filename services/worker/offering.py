@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 MAX_QUEUED = 4096  # names; the newest are dropped beyond: without those before them they would be worth nothing
 COLLECT_SECONDS = 0.05  # names of this long go to the agent together
 RETRY_SECONDS = 5.0  # after the agent has failed
-LEASE_MS = 15_000
 
 
 class Offering:
@@ -77,7 +76,8 @@ class Offering:
             await asyncio.sleep(max(COLLECT_SECONDS, seconds * (1 / self._share - 1)))
 
     async def _offer(self, names: Sequence[BlockHash]) -> None:
-        async with self._agent.publish(names, lease_ms=LEASE_MS, is_offer=True) as publication:
+        lease_ms = int(self._worker.settings.lease_seconds * 1000)
+        async with self._agent.publish(names, lease_ms=lease_ms, is_offer=True) as publication:
             wanted = [names[index] for index in publication.granted]
             if not wanted:
                 return
@@ -92,11 +92,8 @@ class Offering:
 
     def _copy(self, publication: Publication, indices: Sequence[int], block_ids: Sequence[int]) -> list[int]:
         """In a thread. Returns the checksums of what was stored."""
-        started = time.monotonic()
         slots = [publication.slot(index) for index in indices]
-        checksums = copy_out(self._worker.engine.kv_cache, block_ids, slots)
-        self._worker.transfers.copied(Direction.OFFER, slots, time.monotonic() - started)
-        return checksums
+        return copy_out(self._worker.engine.kv_cache, self._worker.transfers, Direction.OFFER, block_ids, slots)
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._task = None

@@ -12,7 +12,6 @@ from relevo.core.block_hash import BlockHash
 from relevo.core.errors import RelevoError
 from services.kvtransfer.client import BlockFetch, KvAgentClient
 from services.worker.copying import BLOCKS_PER_COPY, copy_in
-from services.worker.transfers import Direction
 from services.worker.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -101,9 +100,8 @@ class Receiving:
 
     def _copy(self, blocks: Sequence[Arrived]) -> list[int]:
         """In a thread. Returns the corrupt ones; what is checked is the copy that the engine will use."""
-        started = time.monotonic()
-        slots = [block.slot for block in blocks]
+        receiver = self._receiver
         block_ids = [self._block_ids[block.index] for block in blocks]
-        good = copy_in(self._receiver.kv_cache, block_ids, slots, [block.checksum for block in blocks])
-        self._receiver.transfers.copied(Direction.IN, slots, time.monotonic() - started)
+        slots, checksums = [block.slot for block in blocks], [block.checksum for block in blocks]
+        good = copy_in(receiver.kv_cache, receiver.transfers, block_ids, slots, checksums)
         return [block.index for block, is_good in zip(blocks, good, strict=True) if not is_good]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from services.worker.worker import Worker
 from tests.support.agents import is_unused, running_agent, until
 from tests.support.fake_engine import FakeEngine, block_bytes_of, continuation
 from tests.workers.harness import (
+    RunningWorker,
     attached,
     decode_stream,
     prefill_stream,
@@ -73,6 +75,19 @@ def check_bytes(agent: Agent) -> None:
     table.close_reader(reader)
 
 
+@asynccontextmanager
+async def far_pair(tmp_path: Path) -> AsyncIterator[tuple[Agent, RunningWorker, RunningWorker, Pair]]:
+    """Another host: its agent, its prefill and decode workers, which have nothing, and a router's streams to them."""
+    async with (
+        running_agent(tmp_path) as far,
+        running_prefill(far) as prefill,
+        running_decode(far) as decode,
+        prefill_stream(prefill) as to_prefill,
+        decode_stream(decode) as to_decode,
+    ):
+        yield far, prefill, decode, Pair(to_prefill, to_decode, max_tokens=4)
+
+
 async def test_answers_blocks_are_at_the_agent_under_their_names(agent: Agent) -> None:
     await answer_first_turn(agent)
     check_bytes(agent)
@@ -92,14 +107,7 @@ async def test_next_turn_on_another_decode_worker_computes_only_what_is_new(agen
 async def test_next_turn_on_another_host_takes_the_answer_from_there(agent: Agent, tmp_path: Path) -> None:
     """Prefill and decode are both elsewhere, and have nothing."""
     await answer_first_turn(agent)
-    async with (
-        running_agent(tmp_path) as far,
-        running_prefill(far) as prefill,
-        running_decode(far) as decode,
-        prefill_stream(prefill) as to_prefill,
-        decode_stream(decode) as to_decode,
-    ):
-        pair = Pair(to_prefill, to_decode, max_tokens=4)
+    async with far_pair(tmp_path) as (far, prefill, _, pair):
         assert await pair.serve(1, NEXT_TURN, (agent.address, NUM_BLOCKS)) == continuation(NEXT_TURN, 4)
         assert prefill.engine.num_computed_tokens == len(NEXT_TURN) - NUM_BLOCKS * BLOCK_SIZE
         assert sum(far.links.counters.bytes.values()) == NUM_BLOCKS * far.store.arena.block_bytes
@@ -127,15 +135,7 @@ async def test_blocks_that_the_source_lacks_are_computed_and_handed_over_like_th
     agent: Agent, tmp_path: Path
 ) -> None:
     """The router's knowledge was old."""
-    async with (
-        attached(agent, FakeEngine(), "nobody"),
-        running_agent(tmp_path) as far,
-        running_prefill(far) as prefill,
-        running_decode(far) as decode,
-        prefill_stream(prefill) as to_prefill,
-        decode_stream(decode) as to_decode,
-    ):
-        pair = Pair(to_prefill, to_decode, max_tokens=4)
+    async with attached(agent, FakeEngine(), "nobody"), far_pair(tmp_path) as (_, prefill, decode, pair):
         assert await pair.serve(1, NEXT_TURN, (agent.address, NUM_BLOCKS)) == continuation(NEXT_TURN, 4)
         assert prefill.engine.num_computed_tokens == len(NEXT_TURN)
         assert decode.engine.num_computed_tokens == len(NEXT_TURN) % BLOCK_SIZE + 3

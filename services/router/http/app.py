@@ -26,7 +26,7 @@ from services.router.http.chat import ChatReply, create_chat_completion, render_
 from services.router.http.completions import CompletionReply, create_completion
 from services.router.http.errors import ErrorReply, JsonResponse, handle_http_exception, handle_relevo_error
 from services.router.http.exchange import Exchange, ExchangeLayer, handle_bug
-from services.router.http.hot_routes import HotRoute, HotRoutes, hot_routes
+from services.router.http.hot_routes import HotRoutes
 from services.router.http.limits import Limiter
 from services.router.http.metrics import EdgeMetrics
 from services.router.http.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -90,11 +90,12 @@ def create_app(
             Exception: handle_bug,
         },
     )
-    api.include_router(_openai_routes(serving))
+    openai = _openai_routes(serving)
+    api.include_router(openai)
     api.include_router(_text_routes(serving))
     api.include_router(_operator_routes(serving))
     app: ASGIApp = ExchangeLayer(
-        HotRoutes(api, _hot(serving), config.max_body_bytes),
+        HotRoutes(api, openai, config.max_body_bytes),
         config.keys,
         metrics,
         salt_by_api_key=config.salt_by_api_key,
@@ -109,21 +110,6 @@ def create_app(
             expose_headers=("x-request-id", "retry-after"),
         )
     return app
-
-
-def _hot(serving: Serving) -> dict[str, HotRoute]:
-    """Of the routes below, those that generate."""
-
-    async def completions(request: Request, body: CompletionRequest) -> Response:
-        return await create_completion(serving, Exchange.of(request.scope), body)
-
-    async def chat_completions(request: Request, body: ChatRequest) -> Response:
-        return await create_chat_completion(serving, Exchange.of(request.scope), body)
-
-    return hot_routes(
-        HotRoute("/v1/completions", CompletionRequest, completions),
-        HotRoute("/v1/chat/completions", ChatRequest, chat_completions),
-    )
 
 
 def _openai_routes(serving: Serving) -> APIRouter:

@@ -28,18 +28,24 @@ def body_route(max_body_bytes: int) -> type[APIRoute]:
 
     class BodyRoute(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-            handler = self.endpoint
-            model: type[RequestBody] = get_type_hints(handler)["body"]
-
-            async def handle(request: Request) -> Response:
-                body = parse_body(await read_body(request, max_body_bytes), model)
-                response = await handler(request, body)
-                assert isinstance(response, Response)
-                return response
-
-            return handle
+            return body_handler(self.endpoint, max_body_bytes)
 
     return BodyRoute
+
+
+def body_handler(
+    endpoint: Callable[..., Any], max_body_bytes: int
+) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    """Reads and validates the body that the endpoint's annotation asks for, and calls it."""
+    model: type[RequestBody] = get_type_hints(endpoint)["body"]
+
+    async def handle(request: Request) -> Response:
+        body = parse_body(await read_body(request, max_body_bytes), model)
+        response = await endpoint(request, body)
+        assert isinstance(response, Response)
+        return response
+
+    return handle
 
 
 async def read_body(request: Request, max_body_bytes: int) -> bytes:

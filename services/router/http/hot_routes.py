@@ -6,46 +6,27 @@ answered by the layer around this one.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
-
+from fastapi import APIRouter
+from fastapi.routing import APIRoute
 from starlette.requests import Request
-from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from services.router.http.body import parse_body, read_body
-from services.router.http.protocol import RequestBody
-
-
-@dataclass(frozen=True, slots=True)
-class HotRoute:
-    """path: also for whoever counts by route. model: what `handle` takes as its body."""
-
-    path: str
-    model: type[RequestBody]
-    handle: Callable[[Request, Any], Awaitable[Response]]
+from services.router.http.body import body_handler
 
 
 class HotRoutes:
-    """ASGI app in front of the API's."""
+    """ASGI app in front of the API's. router: of routes made by body_route, all of them POST."""
 
-    def __init__(self, api: ASGIApp, routes: Mapping[str, HotRoute], max_body_bytes: int) -> None:
+    def __init__(self, api: ASGIApp, router: APIRouter, max_body_bytes: int) -> None:
         self._api = api
-        self._routes = routes
-        self._max_body_bytes = max_body_bytes
+        routes = [route for route in router.routes if isinstance(route, APIRoute)]
+        self._routes = {route.path: (route, body_handler(route.endpoint, max_body_bytes)) for route in routes}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        route = self._routes.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
-        if route is None:
+        found = self._routes.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if found is None:
             await self._api(scope, receive, send)
             return
-        scope["route"] = route
-        request = Request(scope, receive)
-        body = parse_body(await read_body(request, self._max_body_bytes), route.model)
-        response = await route.handle(request, body)
+        scope["route"], handle = found
+        response = await handle(Request(scope, receive))
         await response(scope, receive, send)
-
-
-def hot_routes(*routes: HotRoute) -> dict[str, HotRoute]:
-    return {route.path: route for route in routes}
