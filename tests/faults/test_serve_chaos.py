@@ -134,6 +134,9 @@ def test_stopped_prefill_delays_and_changes_nothing(stack: Stack) -> None:
         assert "prefill-0 goes on" in stopping.result()
 
 
+MAX_ROUNDS = 20
+
+
 @pytest.mark.parametrize(
     ("verb", "done"),
     [
@@ -149,7 +152,12 @@ def test_agent_that_fails_changes_no_token(stack: Stack, verb: tuple[str, ...], 
     stack.until_back()
     stack.assert_right(f"before {verb[0]}")
     stack.chaos(*verb)
-    stack.assert_right(f"before {verb[0]}" if verb[0] == "corrupt" else verb[0])
+    for number in range(
+        MAX_ROUNDS
+    ):  # the breaker of prefill may be open after the faults before, and nothing handed over
+        stack.assert_right(f"before {verb[0]}" if verb[0] == "corrupt" else f"{verb[0]} {number}")
+        if re.search(rf" [1-9]\d* {done}", stack.chaos("status").partition("so far")[2]):
+            break
     printed = stack.chaos("clear")
     assert "dropped with 0, its stream cut with 0" in printed
     assert re.search(rf" [1-9]\d* {done}", printed.partition("so far")[2])
