@@ -24,13 +24,15 @@ Row = npt.NDArray[np.float32]
 
 def probabilities(shape: str) -> Row:
     generator = np.random.default_rng(7)
-    logits = {
-        "flat": lambda: generator.normal(0.0, 1.2, VOCAB),
-        "peaked": lambda: generator.normal(0.0, 2.0, VOCAB) + 14.0 * (np.arange(VOCAB) % 997 == 0),
-        "tied": lambda: np.round(generator.normal(0.0, 1.0, VOCAB), 1),
-        # most weigh some thousand units of 2**-50, so that different probabilities weigh the same
-        "tiny": lambda: np.where(np.arange(VOCAB) == 5, 0.0, generator.normal(-26.0, 0.5, VOCAB)),
-    }[shape]()
+    ids = np.arange(VOCAB)
+    if shape == "flat":
+        logits = generator.normal(0.0, 1.2, VOCAB)
+    elif shape == "peaked":
+        logits = generator.normal(0.0, 2.0, VOCAB) + 14.0 * (ids % 997 == 0)
+    elif shape == "tied":
+        logits = np.round(generator.normal(0.0, 1.0, VOCAB), 1)
+    else:  # most weigh some thousand units of 2**-50, so that different probabilities weigh the same
+        logits = np.where(ids == 5, 0.0, generator.normal(-26.0, 0.5, VOCAB))
     exponentials = np.exp(logits - logits.max()).astype(np.float32)
     row: Row = exponentials / exponentials.sum(dtype=np.float64).astype(np.float32)
     return row
