@@ -127,6 +127,8 @@ class LLM:
                 self._engine.abort(tokens.request_id)
         for ended in result.ended:
             answer = open_answers.pop(ended.request_id, None)
+            if answer is not None and ended.error is not None:
+                raise ended.error
             if answer is not None:
                 answer.end(ended.finish_reason, ended.num_cached_tokens)
                 advance()

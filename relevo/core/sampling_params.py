@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from relevo.core.errors import InvalidRequest
+from relevo.core.structured_outputs import StructuredOutputs
 
 MAX_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
@@ -20,6 +21,7 @@ class SamplingParams:
     temperature: 0 is greedy; top_p 1, top_k 0, min_p 0 and penalties of 0 (repetition: 1) are off
     seed: None takes a random one where the request enters the system; after that it is always set
     logprobs: None for none, 0 for the chosen token's, k for the k likeliest as well
+    structured_outputs: what the text must fit. It ends where the grammar does, min_tokens or not; EOS cannot be ignored
     stop: strings; whoever detokenizes looks for them (router, LLM), the engine never sees them
 
     Raises InvalidRequest naming the parameter, its value and what is allowed.
@@ -41,6 +43,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -63,6 +66,10 @@ class SamplingParams:
             _check_float("logit_bias", bias, -100.0, 100.0)
         for token_id in self.stop_token_ids:
             _check_int("stop_token_ids", token_id, 0, None)
+        if self.structured_outputs is not None and self.ignore_eos:
+            raise InvalidRequest(
+                "ignore_eos contradicts structured_outputs: such an answer ends with its grammar", "ignore_eos"
+            )
         if any(not isinstance(stop, str) or stop == "" for stop in self.stop):
             raise InvalidRequest("stop must hold non-empty strings", "stop")
 

@@ -1,8 +1,8 @@
 """Logits to tokens, each row by its own parameters, in vLLM's order:
 
 log-probabilities of the model's own logits (if wanted)
-logit_bias → min_tokens → penalties → greedy rows: argmax
-                                    → the others: temperature → min_p → top_k → top_p → draw
+logit_bias → min_tokens → penalties → grammar → greedy rows: argmax
+                                              → the others: temperature → min_p → top_k → top_p → draw
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from relevo.core.errors import RelevoError
+from relevo.core.output_grammar import OutputGrammar
 from relevo.core.sampling_params import SamplingParams
+from relevo.engine.grammar_masks import Masks
 from relevo.engine.sampling_math import uniform
 from relevo.kernels import Kernels
 
@@ -30,6 +32,7 @@ class SamplingRow:
     token_ids: Sequence[int]
     num_prompt_tokens: int
     eos_token_ids: tuple[int, ...]
+    grammar: OutputGrammar | None = None  # what the output must fit; GrammarMasks makes a mask of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +74,11 @@ class Sampler:
         self.kernels = kernels
         self.device = torch.device(device)
 
-    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow], masks: Masks | None = None) -> list[SampledToken]:
         """One token a row.
+
+        masks: of the rows that have a grammar. It is the last to exclude tokens, and it wins: where other parameters
+        leave it nothing (min_tokens, where only the end of text fits), they do not count for this token.
 
         logits: [n, vocab_size] float32, on the sampler's device; left as they are. Of equal logits, greedy takes the
         lowest id. Token ids outside the vocabulary in logit_bias or stop_token_ids have no effect.
@@ -83,9 +89,13 @@ class Sampler:
         if not rows:
             return []
         processed = self._process(logits, rows)
-        chosen = self.kernels.argmax(processed)
-        # argmax takes a NaN for the largest, so that its value tells whether the row can be used.
-        usable: list[bool] = processed.gather(1, chosen.unsqueeze(1)).isfinite().squeeze(1).tolist()
+        if masks is not None:
+            processed = processed.clone() if processed is logits else processed
+            self.kernels.mask_logits(processed, masks.rows, masks.words)
+        chosen, usable = self._likeliest(processed)
+        if masks is not None and not all(usable):
+            self._let_masks_win(processed, logits, masks, usable)
+            chosen, usable = self._likeliest(processed)
         if not all(usable):
             raise BadLogits([i for i, ok in enumerate(usable) if not ok])
         drawn = [i for i, row in enumerate(rows) if not _is_greedy(row.sampling)]
@@ -96,6 +106,17 @@ class Sampler:
         token_ids: list[int] = chosen.tolist()
         logprobs = self._logprobs(logits, rows, token_ids)
         return [SampledToken(token_id, logprobs.get(i)) for i, token_id in enumerate(token_ids)]
+
+    def _likeliest(self, logits: Tensor) -> tuple[Tensor, list[bool]]:
+        """The largest of each row, and whether it is finite: argmax takes a NaN for the largest."""
+        chosen = self.kernels.argmax(logits)
+        return chosen, logits.gather(1, chosen.unsqueeze(1)).isfinite().squeeze(1).tolist()
+
+    def _let_masks_win(self, processed: Tensor, logits: Tensor, masks: Masks, usable: list[bool]) -> None:
+        """The rows that have no token left: the model's own logits, with the mask alone."""
+        is_usable = torch.tensor(usable, device=self.device)[masks.rows].unsqueeze(1)
+        processed[masks.rows] = torch.where(is_usable, processed[masks.rows], logits[masks.rows])
+        self.kernels.mask_logits(processed, masks.rows, masks.words)
 
     def _process(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         """Bias, min_tokens and penalties; `logits` itself where no row has any."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from relevo.core.block_hash import BlockHash
+from relevo.core.errors import RelevoError
 from relevo.core.request import FinishReason
 from relevo.engine.sampler import TokenLogprobs
 
@@ -36,9 +37,12 @@ class NewTokens:
 
 @dataclass(frozen=True, slots=True)
 class EndedRequest:
+    """error: why it was cancelled, if that was the engine's doing."""
+
     request_id: str
     finish_reason: FinishReason
     num_cached_tokens: int
+    error: RelevoError | None = None
 
 
 @dataclass(frozen=True, slots=True)

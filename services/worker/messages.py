@@ -9,6 +9,7 @@ from relevo.core.errors import RelevoError
 from relevo.core.request import FinishReason
 from relevo.core.sampling_params import SamplingParams
 from services.common.errors import error_to_proto
+from services.common.structured_outputs import structured_outputs_from_proto
 from services.pb import messages_pb2 as pb
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def sampling_from_pb(message: pb.SamplingParams, *, max_tokens: int | None = Non
         logprobs=message.logprobs if message.HasField("logprobs") else None,
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
+        structured_outputs=structured_outputs_from_proto(message),
     )
 
 

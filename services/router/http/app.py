@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from typing_extensions import TypedDict
 
 from relevo.core.errors import NotFound, RelevoError, Unavailable
+from relevo.grammar.compiler import GrammarCompiler
 from relevo.model_files import GenerationDefaults
 from relevo.tokenizer import Tokenizer
 from services.common.telemetry import render_metrics
@@ -31,6 +32,7 @@ from services.router.http.limits import Limiter
 from services.router.http.metrics import EdgeMetrics
 from services.router.http.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from services.router.http.serving import EdgeConfig, Serving, check_prompt, run_long
+from services.router.http.structure import StructureChecker
 
 __all__ = ["EdgeConfig", "create_app"]
 
@@ -78,7 +80,10 @@ def create_app(
     """
     metrics = EdgeMetrics(CollectorRegistry() if registry is None else registry)
     admission = Admission(dispatcher, config.admission, metrics.registry)
-    serving = Serving(config, tokenizer, defaults, dispatcher, admission, metrics)
+    grammars = GrammarCompiler(lambda: tokenizer, defaults.eos_token_ids)
+    if tokenizer is not None:
+        grammars.prepare()
+    serving = Serving(config, tokenizer, defaults, dispatcher, admission, metrics, StructureChecker(grammars))
     api = FastAPI(
         title="Relevo",
         description="An OpenAI-compatible API. Parameters that are not listed are refused by name.",

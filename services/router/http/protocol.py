@@ -16,6 +16,7 @@ from relevo.core.errors import InvalidRequest
 from relevo.core.sampling_params import MAX_LOGPROBS
 from services.router.http.errors import UnknownParameter, UnsupportedParameter
 from services.router.http.messages import Messages
+from services.router.http.structure import ResponseFormat, StructuredOutputsBody
 from services.router.http.unsupported import ANY, CHAT, COMPLETION, Harmless
 
 MAX_N = 128
@@ -115,6 +116,12 @@ class SamplingBody(RequestBody):
     stop_token_ids: list[int] = Field([], max_length=MAX_LISTED_IDS, description="These end the answer.")
     ignore_eos: bool = False
     skip_special_tokens: bool = Field(True, description="Leave special tokens out of the text.")
+    response_format: ResponseFormat | None = Field(
+        None, description="What the answer is: `text`, `json_object`, or `json_schema`, which it then always fits."
+    )
+    structured_outputs: StructuredOutputsBody | None = Field(
+        None, description="What the answer fits: one of `json`, `json_object`, `regex`, `choice`, `grammar`."
+    )
     n: int = Field(1, ge=1, le=MAX_N, description="Choices for each prompt.")
     stream: bool = False
     stream_options: StreamOptions | None = None

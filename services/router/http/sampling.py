@@ -10,10 +10,12 @@ from typing import TypeVar
 from relevo.core.errors import InvalidRequest
 from relevo.core.sampling_params import MAX_SEED, SamplingParams
 from relevo.model_files import GenerationDefaults
+from services.common.structured_outputs import structured_outputs_to_proto
 from services.pb import messages_pb2
 from services.router.generation import ServedModel
 from services.router.http.errors import ContextLengthExceeded
 from services.router.http.protocol import SamplingBody
+from services.router.http.structure import wanted_structure
 
 _Number = TypeVar("_Number", int, float)
 
@@ -74,6 +76,7 @@ def make_sampling(
         stop_token_ids=tuple(body.stop_token_ids),
         ignore_eos=body.ignore_eos,
         skip_special_tokens=body.skip_special_tokens,
+        structured_outputs=wanted_structure(body),
     )
 
 
@@ -120,6 +123,7 @@ def sampling_to_proto(
         logprobs=sampling.logprobs,
         stop_token_ids=sampling.stop_token_ids,
         ignore_eos=sampling.ignore_eos,
+        structured_outputs=structured_outputs_to_proto(sampling.structured_outputs),
     )
 
 

@@ -19,7 +19,6 @@ _BOTH: Mapping[str, Harmless] = {
     "prediction": (),
     "prompt_cache_key": ANY,  # a hint for OpenAI's routing; blocks are named by their content here
     "prompt_cache_retention": ("in_memory",),
-    "response_format": ({"type": "text"},),
     "safety_identifier": ANY,  # as `user`
     "service_tier": ("auto", "default"),
     "store": (False,),
@@ -35,7 +34,6 @@ _BOTH: Mapping[str, Harmless] = {
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
-    "structured_outputs": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
