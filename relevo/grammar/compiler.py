@@ -20,7 +20,6 @@ from relevo.tokenizer import Tokenizer
 
 COMPILE_SECONDS = 2.0
 MAX_CACHED = 128  # a megabyte each at the very most
-MAX_PENDING = 64
 NUM_THREADS = 2  # one that compiles for seconds keeps nobody else waiting
 
 # What bounds compiling, and each mask after it (llguidance's fuel: some 15 ms of the lexer, 3 ms of the parser).
@@ -51,6 +50,7 @@ class GrammarCompiler:
     vocab_size: of the model's logits; None takes the tokenizer's
     eos_token_ids: what ends a text
     compile_seconds: CPU time that one may take
+    max_pending: how many may wait to be compiled; None where requests are bounded otherwise
 
     Any thread.
     """
@@ -62,11 +62,13 @@ class GrammarCompiler:
         *,
         vocab_size: int | None = None,
         compile_seconds: float = COMPILE_SECONDS,
+        max_pending: int | None = None,
     ) -> None:
         self._load_tokenizer = load_tokenizer
         self._eos_token_ids = tuple(eos_token_ids)
         self._vocab_size = vocab_size
         self._compile_seconds = compile_seconds
+        self._max_pending = max_pending
         self._lock = threading.Lock()  # of the cache
         self._cache: OrderedDict[Source, Future[CompiledGrammar]] = OrderedDict()
         self._num_pending = 0
@@ -81,7 +83,7 @@ class GrammarCompiler:
             if known is not None:
                 self._cache.move_to_end(outputs.source)
                 return known
-            if self._num_pending >= MAX_PENDING:
+            if self._max_pending is not None and self._num_pending >= self._max_pending:
                 raise Exhausted(f"{self._num_pending} grammars are waiting to be compiled", 1.0)
             self._num_pending += 1
             future = self._cache[outputs.source] = self._threads.submit(self._compile, outputs)

@@ -9,6 +9,7 @@ from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import any_to_lark
 
 from relevo.core.structured_outputs import StructuredOutputs
+from relevo.grammar.patterns import with_exact_patterns
 
 # Without a bound, a model that has begun to write spaces may never end.
 JSON_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
@@ -50,7 +51,7 @@ def _schema(text: str, *, is_compact: bool) -> dict[str, Any] | bool:
         raise ValueError(f"the schema must be an object or a boolean, not {type(schema).__name__}")  # noqa: TRY004 (the world's, not ours)
     whitespace = {"whitespace_flexible": False} if is_compact else {"whitespace_pattern": JSON_WHITESPACE}
     own = schema.get("x-guidance")
-    return {**schema, "x-guidance": {**whitespace, **(own if isinstance(own, dict) else {})}}
+    return {**with_exact_patterns(schema), "x-guidance": {**whitespace, **(own if isinstance(own, dict) else {})}}
 
 
 def _lark(text: str) -> str:

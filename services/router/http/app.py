@@ -32,7 +32,7 @@ from services.router.http.limits import Limiter
 from services.router.http.metrics import EdgeMetrics
 from services.router.http.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from services.router.http.serving import EdgeConfig, Serving, check_prompt, run_long
-from services.router.http.structure import StructureChecker
+from services.router.http.structure import MAX_PENDING_GRAMMARS, StructureChecker
 
 __all__ = ["EdgeConfig", "create_app"]
 
@@ -80,7 +80,7 @@ def create_app(
     """
     metrics = EdgeMetrics(CollectorRegistry() if registry is None else registry)
     admission = Admission(dispatcher, config.admission, metrics.registry)
-    grammars = GrammarCompiler(lambda: tokenizer, defaults.eos_token_ids)
+    grammars = GrammarCompiler(lambda: tokenizer, defaults.eos_token_ids, max_pending=MAX_PENDING_GRAMMARS)
     if tokenizer is not None:
         grammars.prepare()
     serving = Serving(config, tokenizer, defaults, dispatcher, admission, metrics, StructureChecker(grammars))

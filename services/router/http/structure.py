@@ -12,6 +12,8 @@ from relevo.core.errors import Exhausted, InvalidRequest
 from relevo.core.structured_outputs import StructuredOutputs
 from relevo.grammar.compiler import COMPILE_SECONDS, GrammarCompiler
 
+MAX_PENDING_GRAMMARS = 64  # that wait to be compiled; beyond it a request is refused with 429
+
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
