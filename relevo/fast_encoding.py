@@ -58,7 +58,7 @@ def fast_encode(backend: tokenizers.Tokenizer) -> Encode | None:
     except ImportError:
         return None
     try:
-        other = gigatoken.Tokenizer(backend)
+        other = gigatoken.Tokenizer(gigatoken.Tokenizer(backend).backend)  # the inner one keeps its tokenizer.json
     except Exception as error:  # whatever it does not support
         logger.debug("gigatoken does not take this tokenizer: %s", error)
         return None
