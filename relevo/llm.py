@@ -16,7 +16,7 @@ from relevo.core.sampling_params import MAX_SEED, SamplingParams
 from relevo.detokenizer import Detokenizer
 from relevo.engine.config import EngineConfig
 from relevo.engine.engine import Engine
-from relevo.engine.sampler import TokenLogprobs
+from relevo.engine.logprobs import TokenLogprobs
 from relevo.engine.step_result import StepResult
 from relevo.model_files import GenerationDefaults, generation_defaults, resolve_model
 from relevo.tokenizer import Tokenizer

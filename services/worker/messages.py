@@ -12,7 +12,7 @@ from services.common.errors import error_to_proto
 from services.pb import messages_pb2 as pb
 
 if TYPE_CHECKING:
-    from relevo.engine.sampler import TokenLogprobs
+    from relevo.engine.logprobs import TokenLogprobs
     from relevo.engine.step_result import EngineLoad, NewTokens
 
 _FINISH_REASONS = {
