@@ -14,7 +14,7 @@ import torch
 from relevo.allocator import keep_freed_memory
 from relevo.core.block_hash import BlockHash, root_hash
 from relevo.core.block_pool import BlockPool
-from relevo.core.errors import InvalidRequest, StartupError
+from relevo.core.errors import InvalidRequest, RelevoError, StartupError
 from relevo.core.request import FinishReason, Request
 from relevo.core.sampling_params import SamplingParams
 from relevo.core.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
@@ -189,13 +189,21 @@ class Engine:
         self._take_compiled()
         output = self.scheduler.schedule()
         started = time.perf_counter()
-        sampled = {}
+        sampled: dict[str, SampledToken] = {}
+        failed: dict[str, RelevoError] = {}
         if output.scheduled:
             with self._turns:
-                sampled = self._runner.run(output.scheduled)
+                for name, result in self._runner.run(output.scheduled).items():
+                    if isinstance(result, RelevoError):
+                        failed[name] = result
+                    else:
+                        sampled[name] = result
         # Waiting for a turn counts: so long does a step take here.
         self._measure(output, time.perf_counter() - started)
         ended = self.scheduler.update(output, {name: token.token_id for name, token in sampled.items()})
+        for name, error in failed.items():
+            request = self.scheduler.fail(name)
+            self._cancelled.append(EndedRequest(name, FinishReason.CANCELLED, request.num_cached_tokens, error))
         return self._result(output, sampled, ended)
 
     def _take_compiled(self) -> None:

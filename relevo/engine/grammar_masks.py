@@ -15,7 +15,7 @@ from torch import Tensor
 from relevo.core.output_grammar import OutputGrammar
 
 if TYPE_CHECKING:
-    from relevo.engine.sampler import SamplingRow
+    from relevo.engine.logits_processing import SamplingRow
 
 _WORD = 32
 

@@ -10,7 +10,8 @@ import torch
 from relevo.core.scheduler import ScheduledRequest
 from relevo.engine.grammar_masks import GrammarMasks
 from relevo.engine.kv_cache import KVCache
-from relevo.engine.sampler import SampledToken, Sampler, SamplingRow
+from relevo.engine.logits_processing import SamplingRow
+from relevo.engine.sampler import Sampled, Sampler
 from relevo.kernels import Kernels
 from relevo.kernels.metadata import AttentionMetadata
 from relevo.models.attention import AttentionContext
@@ -32,8 +33,8 @@ class ModelRunner:
         self.block_size = kv_cache.layout.block_size
         self._grammar_masks = GrammarMasks(sampler.vocab_size, self.device)
 
-    def run(self, scheduled: Sequence[ScheduledRequest]) -> dict[str, SampledToken]:
-        """Compute the scheduled tokens; returns the next token of each request whose known tokens are all computed."""
+    def run(self, scheduled: Sequence[ScheduledRequest]) -> dict[str, Sampled]:
+        """Compute the scheduled tokens; returns what follows of each request whose known tokens are all computed."""
         token_ids: list[int] = []
         last_rows: list[int] = []  # of the requests that sample: where their last token is in the flat batch
         rows: list[SamplingRow] = []

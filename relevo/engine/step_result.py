@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from relevo.core.block_hash import BlockHash
 from relevo.core.errors import RelevoError
 from relevo.core.request import FinishReason
-from relevo.engine.sampler import TokenLogprobs
+from relevo.engine.logprobs import TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class NewTokens:
 
 @dataclass(frozen=True, slots=True)
 class EndedRequest:
-    """error: why it was cancelled, if that was the engine's doing."""
+    """error: why it ended before its end, by a fault of its own; finish_reason is CANCELLED then."""
 
     request_id: str
     finish_reason: FinishReason

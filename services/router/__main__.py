@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 from contextlib import suppress
 from ssl import SSLContext
@@ -26,6 +27,7 @@ from services.router.http.app import EdgeConfig, create_app
 from services.router.http.connection import ConnectionLimits
 from services.router.http.keys import KeyRing, plain_keys, read_keys_file
 from services.router.http.limits import Limiter
+from services.router.http.live import LiveView
 from services.router.http.server import HttpOptions, bind, load_tls, start_http
 from services.router.servicer import registration
 
@@ -69,9 +71,10 @@ async def serve(settings: RouterSettings, process: Process) -> None:
         ),
     )
     dispatcher = FleetDispatcher(fleet, defaults.eos_token_ids, registry=registry)
-    app = create_app(
-        edge, tokenizer, defaults, dispatcher, registry=registry, limiter=_open_limiter(settings, keys, process)
-    )
+    live = LiveView(lag)
+    limiter = _open_limiter(settings, keys, process)
+    app = create_app(edge, tokenizer, defaults, dispatcher, registry=registry, limiter=limiter, live=live)
+    process.spawn(live.run(process.stopping), "live view")
 
     process.spawn(fleet.run(), "fleet")
     await server.start()
@@ -86,6 +89,7 @@ async def serve(settings: RouterSettings, process: Process) -> None:
     scheme = "http" if tls is None else "https"
     process.ready(address=server.address, http=f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
     await asyncio.to_thread(_warm_up, tokenizer)  # only now: the workers had more use for the cores
+    gc.freeze()  # what is there now stays, and need not be looked through again and again
 
 
 def _read_keys(settings: RouterSettings) -> KeyRing | None:

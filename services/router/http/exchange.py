@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import secrets
 import time
-import uuid
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 CLIENT_LEFT = 499
 MAX_REQUEST_ID_CHARS = 128
 MAX_TIMEOUT_MS = 2**31 - 1
-OPEN_PATHS = frozenset({"/health"})
+OPEN_PATHS = frozenset({"/health", "/ui"})  # the page itself has no data: it asks for the key, and comes with it
+_OPEN_FOLDER = "/ui/"
 
 _SCOPE_KEY = "relevo.exchange"
 
@@ -115,7 +116,7 @@ class ExchangeLayer:
 
         permit: Permit | None = None
         try:
-            if self._keys is not None and scope["path"] not in OPEN_PATHS:
+            if self._keys is not None and not _is_open(scope["path"]):
                 permit = await self._let_in(self._keys, exchange, scope)
             exchange.timeout_ms = _timeout_ms(scope)
             exchange.explains = _header(scope, b"x-relevo-explain") == b"1"
@@ -154,6 +155,10 @@ class ExchangeLayer:
         return None
 
 
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(_OPEN_FOLDER)
+
+
 def _log(exchange: Exchange, endpoint: str) -> None:
     if logger.isEnabledFor(logging.DEBUG):
         seconds = time.perf_counter() - exchange.arrived
@@ -184,7 +189,7 @@ def _request_id(scope: Scope) -> str:
     given = (_header(scope, b"x-request-id") or b"").decode("latin-1")
     if 0 < len(given) <= MAX_REQUEST_ID_CHARS and given.isascii() and given.isprintable():
         return given
-    return uuid.uuid4().hex
+    return secrets.token_hex(16)
 
 
 def _timeout_ms(scope: Scope) -> int | None:
