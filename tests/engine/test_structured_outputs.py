@@ -1,6 +1,6 @@
 """Outputs that fit a grammar, from the demo model: always, whatever else a request asks for.
 
-RELEVO_NUM_SCHEMAS: how many random schemas; 60 unless set.
+RELEVO_NUM_SCHEMAS: how many random schemas; 150 unless set.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def texts(answers: Sequence[Completion]) -> list[str]:
 
 
 def test_answers_to_random_schemas_validate_unless_they_are_cut(demo: LLM) -> None:
-    schemas = [random_schema(seed) for seed in range(int(os.environ.get("RELEVO_NUM_SCHEMAS", "60")))]
+    schemas = [random_schema(seed) for seed in range(int(os.environ.get("RELEVO_NUM_SCHEMAS", "150")))]
     params = [
         SamplingParams(max_tokens=200, temperature=1.5, seed=seed, structured_outputs=StructuredOutputs(json=schema))
         for seed, schema in enumerate(schemas)
