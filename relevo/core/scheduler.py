@@ -6,6 +6,7 @@ budget. Chunked prefill, prefix hits and resumption after preemption are that ru
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -56,12 +57,16 @@ class SchedulerOutput:
 class Scheduler:
     """Owns the requests and, through the pool, their blocks.
 
-    waiting          no blocks; first come, first served, the preempted in front
+    waiting          no blocks; by priority, and first come, first served
     waiting_for_kv   blocks that somebody else fills: never preempted
-    running          computed step by step; when blocks run out the youngest is preempted and recomputes later
+    running          computed step by step; when blocks run out, or a more urgent one has no room, the least urgent, of
+                     equals the youngest, is preempted and recomputes later
     held             ended, blocks kept until release()
 
     Blocks that are pinned are held beside what requests hold: somebody is copying them out.
+
+    prompt_tokens_per_step: how many tokens of prompts take as long as a step without any, by whoever measures it;
+    None: not known, and steps are filled up
     """
 
     def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
@@ -73,6 +78,8 @@ class Scheduler:
         self.held: dict[str, Request] = {}
         self._pinned: list[int] = []  # block ids; one that was pinned twice is in it twice
         self._requests: dict[str, Request] = {}
+        self._num_added = 0
+        self.prompt_tokens_per_step: float | None = None
 
     def add(self, request: Request) -> None:
         """Queue a request. It must fit the pool alone: prompt and output need at most pool.num_blocks blocks."""
@@ -82,7 +89,9 @@ class Scheduler:
             "held blocks are for requests that end with one token"
         )
         self._requests[request.request_id] = request
-        self.waiting.append(request)
+        self._num_added += 1
+        request.arrival = self._num_added
+        insort(self.waiting, request, key=_urgency)
 
     def resume(self, request_id: str, num_computed_tokens: int, token_ids: list[int]) -> Request | None:
         """The KV of [0, num_computed_tokens) is in the request's blocks now: let it run, with tokens sampled elsewhere.
@@ -154,9 +163,12 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         output = SchedulerOutput()
-        budget = self._schedule_running(output, self.config.max_num_batched_tokens)
-        if not output.preempted:
-            self._schedule_waiting(output, budget)
+        self._make_room(output)
+        num_yielded = len(output.preempted)
+        prompt_budget = self._prompt_budget()
+        budget, prompt_budget = self._schedule_running(output, self.config.max_num_batched_tokens, prompt_budget)
+        if len(output.preempted) == num_yielded:
+            self._schedule_waiting(output, min(budget, prompt_budget))
         return output
 
     def update(self, output: SchedulerOutput, sampled: Mapping[str, int]) -> list[Request]:
@@ -195,18 +207,65 @@ class Scheduler:
         held = {block_id: count for block_id, count in enumerate(self.pool._ref_cnt) if count}
         assert held == ref_cnt, f"held in the pool {held}, by requests and pins {ref_cnt}"
 
-    def _schedule_running(self, output: SchedulerOutput, budget: int) -> int:
-        # Those that need one token first: a long prompt must not make them wait for the next step.
-        for request in sorted(self.running, key=lambda r: r.num_uncomputed_tokens > 1):
+    def _prompt_budget(self) -> int:
+        """Tokens of prompts in this step. While others decode, these wait for as long as they would for a plain step of
+        theirs; for longer where more requests wait for their first token than decode, in that proportion.
+        """
+        most = self.config.max_num_batched_tokens
+        num_decoding = sum(request.num_uncomputed_tokens == 1 for request in self.running)
+        if self.prompt_tokens_per_step is None or num_decoding == 0:
+            return most
+        num_prompts = len(self.running) - num_decoding + len(self.waiting)
+        num_tokens = int(self.prompt_tokens_per_step * max(1.0, num_prompts / num_decoding))
+        return min(most, max(self.config.block_size, num_tokens))  # prompts go on, however slowly
+
+    def _schedule_running(self, output: SchedulerOutput, budget: int, prompt_budget: int) -> tuple[int, int]:
+        def later(request: Request) -> tuple[bool, bool]:
+            # Those that need one token first: a long prompt must not make them wait for the next step. Then prompts
+            # that this step completes: nor must it make those wait until it is through.
+            return request.num_uncomputed_tokens > 1, request.num_uncomputed_tokens > prompt_budget
+
+        leave = 2 if self.waiting and prompt_budget < self.config.max_num_batched_tokens else 1
+        for request in sorted(self.running, key=later):
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted for one before it
             num_tokens = min(request.num_uncomputed_tokens, budget)
+            is_prompt = request.num_uncomputed_tokens > 1
+            if is_prompt and num_tokens > prompt_budget:
+                num_tokens = -(-prompt_budget // leave)
             if num_tokens == 0:
                 break
             if self._grow(request, request.num_computed_tokens + num_tokens, output):
                 output.scheduled.append(ScheduledRequest(request, num_tokens))
                 budget -= num_tokens
-        return budget
+                prompt_budget -= num_tokens if is_prompt else 0
+        return budget, prompt_budget
+
+    def _make_room(self, output: SchedulerOutput) -> None:
+        """Preempt for the first that waits, if that lets it in, running requests of a lower priority."""
+        if not self.waiting:
+            return
+        head = self.waiting[0]
+        victims = sorted(
+            (r for r in self.running if r.priority > head.priority and not r.hold_blocks), key=_urgency, reverse=True
+        )
+        if not victims:
+            return
+        missing = self._num_missing_blocks(head)
+        num_seqs = len(self.running) + len(self.waiting_for_kv)
+        if missing > sum(len(victim.block_ids) for victim in victims):
+            return
+        for victim in victims:
+            if missing <= 0 and num_seqs < self.config.max_num_seqs:
+                break
+            self._preempt(victim)
+            output.preempted.append(victim)
+            missing, num_seqs = self._num_missing_blocks(head), num_seqs - 1
+
+    def _num_missing_blocks(self, request: Request) -> int:
+        """How many must be freed before _admit() succeeds; 0 or less: none."""
+        cached, num_new = self._find_blocks(request)
+        return num_new + self.pool.num_free_among(cached) - self.pool.num_free_blocks
 
     def _schedule_waiting(self, output: SchedulerOutput, budget: int) -> None:
         while self.waiting and len(self.running) + len(self.waiting_for_kv) < self.config.max_num_seqs:
@@ -231,7 +290,21 @@ class Scheduler:
 
     def _admit(self, request: Request) -> bool:
         """Blocks for all known tokens (awaiting KV: and some output), cached ones shared; False if too few are free."""
-        block_size = self.config.block_size
+        cached, num_new = self._find_blocks(request)
+        if num_new + self.pool.num_free_among(cached) > self.pool.num_free_blocks:
+            return False
+        self.pool.share(cached)
+        fresh = self.pool.allocate(num_new)
+        assert fresh is not None
+        request.block_ids = cached + fresh
+        request.num_computed_tokens = len(cached) * self.config.block_size
+        request.num_named_blocks = len(cached)
+        if request.num_preemptions == 0:
+            request.num_cached_tokens = request.num_computed_tokens
+        return True
+
+    def _find_blocks(self, request: Request) -> tuple[list[int], int]:
+        """The cached blocks that it would share, and how many others it needs."""
         if request.await_kv:
             cacheable = request.num_tokens
             num_tokens = request.num_tokens + min(request.max_tokens, self.config.output_allowance_tokens)
@@ -239,29 +312,19 @@ class Scheduler:
             cacheable = request.num_tokens - 1  # one row must be computed
             num_tokens = request.num_tokens
         cached = self.pool.find_prefix(request.block_hashes(cacheable))
-        num_new = self._num_blocks(num_tokens) - len(cached)
-        if num_new + self.pool.num_free_among(cached) > self.pool.num_free_blocks:
-            return False
-        self.pool.share(cached)
-        fresh = self.pool.allocate(num_new)
-        assert fresh is not None
-        request.block_ids = cached + fresh
-        request.num_computed_tokens = len(cached) * block_size
-        request.num_named_blocks = len(cached)
-        if request.num_preemptions == 0:
-            request.num_cached_tokens = request.num_computed_tokens
-        return True
+        return cached, self._num_blocks(num_tokens) - len(cached)
 
     def _grow(self, request: Request, num_tokens: int, output: SchedulerOutput) -> bool:
-        """Blocks for num_tokens, preempting the youngest if need be; False if the request itself had to go."""
+        """Blocks for num_tokens, preempting the least urgent if need be; False if the request itself had to go."""
         missing = self._num_blocks(num_tokens) - len(request.block_ids)
         if missing <= 0:
             return True
         while (fresh := self.pool.allocate(missing)) is None:
             scheduled = {id(entry.request) for entry in output.scheduled}
-            victim = next(
-                (r for r in reversed(self.running) if not r.hold_blocks and (id(r) not in scheduled or r is request)),
-                request,
+            victim = max(
+                (r for r in self.running if not r.hold_blocks and (id(r) not in scheduled or r is request)),
+                key=_urgency,
+                default=request,
             )
             self._preempt(victim)
             output.preempted.append(victim)
@@ -279,7 +342,7 @@ class Scheduler:
         request.num_computed_tokens = 0
         request.num_preemptions += 1
         request.status = RequestStatus.WAITING
-        self.waiting.appendleft(request)
+        insort(self.waiting, request, key=_urgency)
 
     def _name_blocks(self, request: Request, num_computed_tokens: int) -> None:
         block_hashes = request.block_hashes(num_computed_tokens)
@@ -307,6 +370,11 @@ class Scheduler:
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.block_size)
+
+
+def _urgency(request: Request) -> tuple[int, int]:
+    """The least goes first."""
+    return request.priority, request.arrival
 
 
 def _finish_reason(request: Request) -> FinishReason | None:

@@ -49,6 +49,7 @@ class DecodeRequest:
             cache_salt=message.cache_salt,
             await_kv=takes_in,
             num_output_tokens=message.num_output_tokens,
+            priority=message.priority,
         )
         self._intake = Intake(worker, receiver, self._request) if takes_in and receiver is not None else None
         if self._intake is not None and not is_split:

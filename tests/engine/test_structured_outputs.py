@@ -21,6 +21,7 @@ from relevo.core.errors import InvalidRequest
 from relevo.core.request import FinishReason
 from relevo.core.structured_outputs import StructuredOutputs
 from relevo.engine.engine import Engine
+from relevo.engine.step_result import EndedRequest
 from relevo.grammar import compiler
 from relevo.grammar.compiler import CompiledGrammar, GrammarCompiler
 from relevo.llm import Completion
@@ -158,7 +159,7 @@ def test_others_step_while_a_grammar_is_compiled_and_who_waits_may_leave(monkeyp
     for name in ("bound", "leaves"):
         engine.submit(engine.make_request(name, [50, 60], bound))
     engine.submit(engine.make_request("free", [50, 60], SamplingParams(max_tokens=5, temperature=0.0, seed=0)))
-    ended = []
+    ended: list[EndedRequest] = []
     while not any(entry.request_id == "free" for entry in ended):
         ended += engine.step().ended
     assert engine.is_compiling and engine.load().num_waiting == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,9 +148,10 @@ def test_what_nothing_fits_or_nobody_can_read_is_refused_with_the_reason() -> No
 
 
 def test_what_is_wrong_on_sight_does_not_get_to_the_compiler() -> None:
-    for wrong in ({}, {"regex": "a", "choice": ["b"]}, {"choice": []}, {"choice": "ab"}, {"json": 3}):
+    wrongs: list[dict[str, Any]] = [{}, {"regex": "a", "choice": ["b"]}, {"choice": []}, {"choice": "ab"}, {"json": 3}]
+    for wrong in wrongs:
         with pytest.raises(InvalidRequest, match="structured_outputs"):
-            StructuredOutputs(**wrong)  # type: ignore[arg-type]  # wrong on purpose
+            StructuredOutputs(**wrong)
     with pytest.raises(InvalidRequest, match=f"at most {MAX_SOURCE_BYTES}"):
         StructuredOutputs(json={"enum": ["x" * MAX_SOURCE_BYTES]})
 

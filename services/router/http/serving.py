@@ -174,6 +174,7 @@ class Serving:
                     sampling=sampling_to_proto(sampling, max_tokens=max_tokens, seed=choice_seed(seed, nth)),
                     cache_salt=exchange.key_salt + body.cache_salt,
                     timeout_ms=timeout_ms,
+                    priority=body.priority,
                 )
                 planned.append((prompt_index, request))
         return [
