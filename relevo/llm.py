@@ -131,6 +131,8 @@ class LLM:
                 self._engine.abort(tokens.request_id)
         for ended in result.ended:
             answer = open_answers.pop(ended.request_id, None)
+            if answer is not None and ended.error is not None:
+                raise ended.error
             if answer is not None:
                 if ended.error is not None:
                     raise ended.error

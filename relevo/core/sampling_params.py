@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from relevo.core.errors import InvalidRequest
+from relevo.core.structured_outputs import StructuredOutputs
 
 MAX_LOGPROBS = 20
 MAX_LOGPROB_TOKEN_IDS = 128
@@ -21,6 +22,7 @@ class SamplingParams:
     temperature: 0 is greedy; top_p 1, top_k 0, min_p 0 and penalties of 0 (repetition: 1) are off
     seed: None takes a random one where the request enters the system; after that it is always set
     logprobs: None for none, 0 for the chosen token's, k for the k likeliest as well
+    structured_outputs: what the text must fit. It ends where the grammar does, min_tokens or not; EOS cannot be ignored
     stop: strings; whoever detokenizes looks for them (router, LLM), the engine never sees them
     include_stop_str_in_output: the text ends with the stop string, or stop token, that ended it
     allowed_token_ids: None = all; else nothing but these is chosen
@@ -56,6 +58,7 @@ class SamplingParams:
     logprob_token_ids: tuple[int, ...] = ()
     prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -78,6 +81,10 @@ class SamplingParams:
             _check_float("logit_bias", bias, -100.0, 100.0)
         for token_id in self.stop_token_ids:
             _check_int("stop_token_ids", token_id, 0, None)
+        if self.structured_outputs is not None and self.ignore_eos:
+            raise InvalidRequest(
+                "ignore_eos contradicts structured_outputs: such an answer ends with its grammar", "ignore_eos"
+            )
         if any(not isinstance(stop, str) or stop == "" for stop in self.stop):
             raise InvalidRequest("stop must hold non-empty strings", "stop")
         self._check_choice()

@@ -1,8 +1,8 @@
 """Logits to tokens, each row by its own parameters, in vLLM's order:
 
 log-probabilities of the model's own logits (if wanted)
-logits_processing → greedy rows: argmax
-                  → the others: temperature → min_p → top_k → top_p → draw
+logits_processing → grammar → greedy rows: argmax
+                            → the others: temperature → min_p → top_k → top_p → draw
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from relevo.core.errors import InvalidRequest, RelevoError
 from relevo.core.sampling_params import SamplingParams
+from relevo.engine.grammar_masks import Masks
 from relevo.engine.logits_processing import SamplingRow, process
 from relevo.engine.logprobs import TokenLogprobs, named_logprobs, token_logprobs
 from relevo.engine.sampling_math import uniform
@@ -47,8 +48,11 @@ class Sampler:
         self.kernels = kernels
         self.device = torch.device(device)
 
-    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow], masks: Masks | None = None) -> list[Sampled]:
         """One token a row, or why there is none: BadLogits, InvalidRequest if the row's parameters leave no token.
+
+        masks: of the rows that have a grammar. It is the last to exclude tokens, and it wins: where other parameters
+        leave it nothing (min_tokens, where only the end of text fits), they do not count for this token.
 
         logits: [n, vocab_size] float32, on the sampler's device; left as they are. Of equal logits, greedy takes the
         lowest id. Token ids outside the vocabulary, in any parameter, have no effect.
@@ -58,9 +62,13 @@ class Sampler:
         if not rows:
             return []
         processed, failures = process(logits, rows)
-        chosen = self.kernels.argmax(processed)
-        # argmax takes a NaN for the largest, so that its value tells whether the row can be used.
-        usable: list[bool] = processed.gather(1, chosen.unsqueeze(1)).isfinite().squeeze(1).tolist()
+        if masks is not None:
+            processed = processed.clone() if processed is logits else processed
+            self.kernels.mask_logits(processed, masks.rows, masks.words)
+        chosen, usable = self._likeliest(processed)
+        if masks is not None and not all(usable):
+            self._let_masks_win(processed, logits, masks, usable)
+            chosen, usable = self._likeliest(processed)
         for i, ok in enumerate(usable):
             if not ok and i not in failures:
                 failures[i] = _no_choice(logits[i])
@@ -75,6 +83,17 @@ class Sampler:
             failures[i] if i in failures else SampledToken(token_id, logprobs.get(i))
             for i, token_id in enumerate(token_ids)
         ]
+
+    def _likeliest(self, logits: Tensor) -> tuple[Tensor, list[bool]]:
+        """The largest of each row, and whether it is finite: argmax takes a NaN for the largest."""
+        chosen = self.kernels.argmax(logits)
+        return chosen, logits.gather(1, chosen.unsqueeze(1)).isfinite().squeeze(1).tolist()
+
+    def _let_masks_win(self, processed: Tensor, logits: Tensor, masks: Masks, usable: list[bool]) -> None:
+        """The rows that have no token left: the model's own logits, with the mask alone."""
+        is_usable = torch.tensor(usable, device=self.device)[masks.rows].unsqueeze(1)
+        processed[masks.rows] = torch.where(is_usable, processed[masks.rows], logits[masks.rows])
+        self.kernels.mask_logits(processed, masks.rows, masks.words)
 
     def _draw(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         params = [row.sampling for row in rows]

@@ -79,6 +79,7 @@ async def create_chat_completion(serving: Serving, exchange: Exchange, body: Cha
     max_tokens = body.max_tokens if newer is None else newer
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sampling = make_sampling(body, serving.defaults, max_tokens=max_tokens, logprobs=logprobs)
+    await serving.structure.check(sampling.structured_outputs, body)
     text = render_chat(serving, body.messages, body.add_generation_prompt, body.chat_template_kwargs)
     prompt = await run_long(
         len(text),

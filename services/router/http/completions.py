@@ -49,6 +49,7 @@ async def create_completion(serving: Serving, exchange: Exchange, body: Completi
     head = AnswerHead(f"cmpl-{secrets.token_hex(16)}", serving.model_name(body.model))
     default = serving.defaults.max_tokens or DEFAULT_MAX_TOKENS
     sampling = make_sampling(body, serving.defaults, max_tokens=body.max_tokens, logprobs=body.logprobs)
+    await serving.structure.check(sampling.structured_outputs, body)
     serving.check_num_choices(len(body.prompt), body.n)
     prompts = await run_long(
         sum(map(len, body.prompt)), lambda: [_read_prompt(serving, given, body, sampling) for given in body.prompt]

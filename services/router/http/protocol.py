@@ -16,6 +16,7 @@ from relevo.core.errors import InvalidRequest
 from relevo.core.sampling_params import MAX_LOGPROB_TOKEN_IDS, MAX_LOGPROBS
 from services.router.http.errors import UnknownParameter, UnsupportedParameter
 from services.router.http.messages import Messages
+from services.router.http.structure import ResponseFormat, StructuredOutputsBody
 from services.router.http.unsupported import ANY, CHAT, COMPLETION, Harmless
 
 MAX_N = 128
@@ -134,6 +135,12 @@ class SamplingBody(RequestBody):
     )
     return_token_ids: bool = Field(False, description="prompt_token_ids and token_ids in the answer.")
     return_tokens_as_token_ids: bool = Field(False, description='Tokens in logprobs are written "token_id:7".')
+    response_format: ResponseFormat | None = Field(
+        None, description="What the answer is: `text`, `json_object`, or `json_schema`, which it then always fits."
+    )
+    structured_outputs: StructuredOutputsBody | None = Field(
+        None, description="What the answer fits: one of `json`, `json_object`, `regex`, `choice`, `grammar`."
+    )
     n: int = Field(1, ge=1, le=MAX_N, description="Choices for each prompt.")
     stream: bool = False
     stream_options: StreamOptions | None = None

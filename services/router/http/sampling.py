@@ -11,10 +11,12 @@ from typing import TypeVar
 from relevo.core.errors import InvalidRequest
 from relevo.core.sampling_params import MAX_SEED, SamplingParams
 from relevo.model_files import GenerationDefaults
+from services.common.structured_outputs import structured_outputs_to_proto
 from services.pb import messages_pb2
 from services.router.generation import ServedModel
 from services.router.http.errors import ContextLengthExceeded
 from services.router.http.protocol import SamplingBody
+from services.router.http.structure import wanted_structure
 
 _Number = TypeVar("_Number", int, float)
 
@@ -80,6 +82,7 @@ def make_sampling(
         bad_words=tuple(body.bad_words),
         logprob_token_ids=tuple(body.logprob_token_ids),
         truncate_prompt_tokens=body.truncate_prompt_tokens,
+        structured_outputs=wanted_structure(body),
     )
 
 
@@ -135,6 +138,7 @@ def sampling_to_proto(
         allowed_token_ids=sampling.allowed_token_ids or (),
         bad_words=[messages_pb2.TokenSequence(token_ids=word) for word in sampling.bad_words_token_ids],
         logprob_token_ids=sampling.logprob_token_ids,
+        structured_outputs=structured_outputs_to_proto(sampling.structured_outputs),
     )
 
 

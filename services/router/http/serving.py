@@ -26,6 +26,7 @@ from services.router.http.metrics import EdgeMetrics
 from services.router.http.protocol import SamplingBody
 from services.router.http.sampling import TokenLimit, check_token_ids, choice_seed, draw_seed, sampling_to_proto
 from services.router.http.stream import EventWriter, GenerationResponse, WholeWriter
+from services.router.http.structure import StructureChecker
 
 _LONG_TEXT_CHARS = 16_384  # takes some 5 ms to tokenize: from here on the event loop does not wait for it
 
@@ -69,6 +70,7 @@ class Serving:
     dispatcher: Dispatcher
     admission: Admission
     metrics: EdgeMetrics
+    structure: StructureChecker
     answer_ids: AnswerIds = field(default_factory=AnswerIds)
 
     def model_name(self, asked: str | None) -> str:
