@@ -18,6 +18,7 @@ from relevo.terminal.endpoint import Endpoint
 PATH = "/debug/fleet"
 _MAX_FAILURE_SECONDS = 60.0  # a router that is started again comes back before that
 _PLAIN_STATES = (None, "placing", "waiting", "ended", "stop", "length", "closed")
+_WIDE, _MEDIUM = 140, 100  # characters, of the terminal
 _STATES = {"ready": "green", "serving": "green", "draining": "yellow", "leaving": "yellow", "streaming": "green"}
 
 Snapshot = Mapping[str, Any]
@@ -39,7 +40,7 @@ def show_once(endpoint: Endpoint, console: Console, max_requests: int, *, as_jso
     if as_json:
         print(json.dumps(snapshot))
     else:
-        console.print(render(endpoint.url, snapshot, max_requests))
+        console.print(render(endpoint.url, snapshot, max_requests, console.width))
 
 
 def watch(
@@ -54,13 +55,13 @@ def watch(
     max_requests: None: as many as fit below the workers
     """
     failing_since: float | None = None
-    shown: RenderableType = render(endpoint.url, look(endpoint), _room(console, max_requests, {}))
+    shown: RenderableType = render(endpoint.url, look(endpoint), _room(console, max_requests, {}), console.width)
     with Live(shown, console=console, screen=True, auto_refresh=False) as live:
         while True:
             wait(interval_seconds)
             try:
                 snapshot = look(endpoint)
-                shown = render(endpoint.url, snapshot, _room(console, max_requests, snapshot))
+                shown = render(endpoint.url, snapshot, _room(console, max_requests, snapshot), console.width)
                 failing_since = None
                 live.update(shown, refresh=True)
             except RelevoError as error:
@@ -70,13 +71,13 @@ def watch(
                 live.update(Group(Text(error.message, style="red"), shown), refresh=True)
 
 
-def render(url: str, snapshot: Snapshot, max_requests: int) -> RenderableType:
+def render(url: str, snapshot: Snapshot, max_requests: int, width: int) -> RenderableType:
     """What is not in the snapshot is a dash."""
     parts: list[RenderableType] = [_head(url, snapshot), "", _workers(snapshot.get("workers") or [])]
     if agents := snapshot.get("agents"):
         parts += ["", _agents(agents)]
     if max_requests > 0:
-        parts += ["", _requests(snapshot, max_requests)]
+        parts += ["", _requests(snapshot, max_requests, width)]
     return Group(*parts)
 
 
@@ -126,7 +127,7 @@ def _workers(workers: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _agents(agents: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table("agent", "state", right=("arena", "sealed", "pinned", "writers", "readers", "in MB/s", "out MB/s"))
+    table = _table("agent", "state", right=("arena", "sealed", "pinned", "writers", "readers", "in", "out MB/s"))
     for agent in agents:
         slots, flow = agent.get("slots") or {}, agent.get("flow") or {}
         total = _number(slots.get("num_slots"))
@@ -144,27 +145,38 @@ def _agents(agents: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _requests(snapshot: Snapshot, max_requests: int) -> Table:
-    """The latest first, as the router tells them."""
+def _requests(snapshot: Snapshot, max_requests: int, width: int) -> Table:
+    """The latest first, as the router tells them. Where it is narrow ids are cut, and columns left out."""
     names = {worker.get("address"): worker.get("id") for worker in snapshot.get("workers") or []}
-    headings = ("age s", "prompt", "cached", "output", "TTFT ms", "TPOT ms", "total ms", "tries")
-    table = _table("request", "state", "prefill", "decode", right=headings)
+    headings = ["age s", "prompt", "output", "TTFT ms", "TPOT ms"]
+    more = ["cached", "total ms", "tries"] if width >= _MEDIUM else []
+    table = _table("request", "state", "prefill", "decode", right=headings + more)
     for request in (snapshot.get("requests") or [])[:max_requests]:
         prefill, decode = request.get("prefill"), request.get("decode")
-        age = _number(snapshot.get("at")) - _number(request.get("placed_at"))
+        figures = {
+            "age s": _count(_number(snapshot.get("at")) - _number(request.get("placed_at")), 1),
+            "prompt": _count(request.get("num_prompt_tokens")),
+            "output": _count(request.get("num_output_tokens")),
+            "TTFT ms": _count(request.get("ttft_ms")),
+            "TPOT ms": _count(request.get("tpot_ms"), 1),
+            "cached": _count(request.get("num_cached_tokens")),
+            "total ms": _count(request.get("total_ms")),
+            "tries": _count(request.get("num_tries")),
+        }
         table.add_row(
-            _text(request.get("id")),
+            _text(_short(str(request.get("id"))) if width < _WIDE else request.get("id")),
             _state(request.get("outcome") or request.get("state"), None),
             _text(names.get(prefill, prefill)),
             _text(names.get(decode, decode)),
-            _count(age, 1),
-            *(_count(request.get(f"num_{tokens}_tokens")) for tokens in ("prompt", "cached", "output")),
-            _count(request.get("ttft_ms")),
-            _count(request.get("tpot_ms"), 1),
-            _count(request.get("total_ms")),
-            _count(request.get("num_tries")),
+            *(figures[heading] for heading in headings + more),
         )
     return table
+
+
+def _short(request_id: str) -> str:
+    """Enough to tell one from the others."""
+    request_id = request_id.removeprefix("chatcmpl-").removeprefix("cmpl-")
+    return request_id if len(request_id) <= 9 else f"{request_id[:8]}…"
 
 
 def _table(*left: str, right: Sequence[str]) -> Table:

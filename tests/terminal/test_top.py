@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from relevo.terminal.top import render
 from tests.terminal.fake import FakeEndpoint, running_endpoint
 from tests.terminal.terminal import CTRL_C, terminal
 
@@ -108,10 +111,22 @@ def test_once_prints_workers_agents_and_requests(endpoint: FakeEndpoint) -> None
     assert row(printed, "prefill-0")[3:] == ["–", "–", "4,321", "–", "–", "–", "–"], "what is not told is a dash"
     assert row(printed, "127.0.0.1:3")[1:] == ["serving", "40", "%", "38", "5", "1", "2", "2.5", "0.0"]
     assert row(printed, "127.0.0.1:4")[1:3] == ["lost", "–"]
-    columns = ["streaming", "prefill-0", "decode-0", "1.5", "1,024", "512", "7", "123", "12.3", "–", "2"]
+    columns = ["streaming", "prefill-0", "decode-0", "1.5", "1,024", "7", "123", "12.3", "512", "–", "2"]
     assert row(printed, "chatcmpl-0")[1:] == columns
     assert "chatcmpl-1 " in printed
     assert "chatcmpl-2 " not in printed
+
+
+def test_narrow_terminals_get_less_and_whole() -> None:
+    requests = [{**SNAPSHOT["requests"][0], "id": f"chatcmpl-{number}0123456789abcdef"} for number in range(3)]
+    console = Console(width=80, file=io.StringIO())
+    console.print(render("http://127.0.0.1:8000", {**SNAPSHOT, "requests": requests}, 2, console.width))
+    assert isinstance(console.file, io.StringIO)
+    printed = console.file.getvalue()
+    assert row(printed, "00123456…") == [
+        *("00123456…", "streaming", "prefill-0", "decode-0", "1.5", "1,024", "7", "123", "12.3")
+    ]
+    assert row(printed, "10123456…")
 
 
 def test_json_is_the_snapshot(endpoint: FakeEndpoint) -> None:
