@@ -9,11 +9,12 @@ const COLUMNS = [
   ["Prompt", "number on-wide"],
   ["Output", "number"],
   ["First token", "number on-wide"],
-  ["A token", "number on-widest"],
-  ["Total", "number on-wide"],
+  ["A token", "number on-wide a-token"],
+  ["Total", "number on-wide total"],
   ["Time", "at-end time"],
   ["Way", "at-end way-cell"],
 ];
+const MAX_ROWS = 25;
 const FINE = new Set(["stop", "length", "closed"]);
 const OUTCOMES = { stop: "done", length: "done, at its limit", closed: "closed" };
 
@@ -42,7 +43,7 @@ export function makeRequests(parent, note, open) {
     nameOf = (address) => names.get(address) ?? address;
     longest = Math.max(1, ...requests.map((request) => lasting(request, snapshot.at)));
     for (const request of requests) request.lasting = lasting(request, snapshot.at);
-    list.show(requests, (request) => request.id);
+    list.show(requests.slice(0, MAX_ROWS), (request) => request.id);
     empty.hidden = requests.length > 0;
     table.hidden = !requests.length;
     setText(note, requests.length ? "newest first; choose one to see where its time went" : "");
