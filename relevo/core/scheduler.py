@@ -126,6 +126,13 @@ class Scheduler:
         self._forget(request)
         return request
 
+    def fail(self, request_id: str) -> Request:
+        """End a running request that can't go on. Held blocks stay until release(): somebody may be copying them."""
+        request = self._requests[request_id]
+        request.finish_reason = FinishReason.CANCELLED
+        self._end(request)
+        return request
+
     def release(self, request_id: str) -> None:
         """Free a held request's blocks. Releasing twice is harmless."""
         request = self.held.get(request_id)

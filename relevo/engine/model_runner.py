@@ -8,8 +8,10 @@ import numpy as np
 import torch
 
 from relevo.core.scheduler import ScheduledRequest
+from relevo.engine.grammar_masks import GrammarMasks
 from relevo.engine.kv_cache import KVCache
-from relevo.engine.sampler import SampledToken, Sampler, SamplingRow
+from relevo.engine.logits_processing import SamplingRow
+from relevo.engine.sampler import Sampled, Sampler
 from relevo.kernels import Kernels
 from relevo.kernels.metadata import AttentionMetadata
 from relevo.models.attention import AttentionContext
@@ -29,9 +31,10 @@ class ModelRunner:
         self.eos_token_ids = eos_token_ids
         self.device = kv_cache.storage.device
         self.block_size = kv_cache.layout.block_size
+        self._grammar_masks = GrammarMasks(sampler.vocab_size, self.device)
 
-    def run(self, scheduled: Sequence[ScheduledRequest]) -> dict[str, SampledToken]:
-        """Compute the scheduled tokens; returns the next token of each request whose known tokens are all computed."""
+    def run(self, scheduled: Sequence[ScheduledRequest]) -> dict[str, Sampled]:
+        """Compute the scheduled tokens; returns what follows of each request whose known tokens are all computed."""
         token_ids: list[int] = []
         last_rows: list[int] = []  # of the requests that sample: where their last token is in the flat batch
         rows: list[SamplingRow] = []
@@ -44,8 +47,15 @@ class ModelRunner:
                 names.append(request.request_id)
                 last_rows.append(len(token_ids) - 1)
                 rows.append(
-                    SamplingRow(request.sampling, request.token_ids, request.num_prompt_tokens, self.eos_token_ids)
+                    SamplingRow(
+                        request.sampling,
+                        request.token_ids,
+                        request.num_prompt_tokens,
+                        self.eos_token_ids,
+                        request.grammar,
+                    )
                 )
+        masks = self._grammar_masks.begin(rows)
         positions, metadata = self._metadata(scheduled)
         logits = self.model.forward(
             torch.tensor(token_ids, device=self.device),
@@ -53,7 +63,8 @@ class ModelRunner:
             AttentionContext(metadata=metadata, layers=self.kv_cache.layers, kernels=self.kernels),
             torch.tensor(last_rows, dtype=torch.int64, device=self.device),
         )
-        return dict(zip(names, self.sampler.sample(logits, rows), strict=True)) if rows else {}
+        sampled = self.sampler.sample(logits, rows, masks.result() if masks else None) if rows else []
+        return dict(zip(names, sampled, strict=True))
 
     def _metadata(self, scheduled: Sequence[ScheduledRequest]) -> tuple[torch.Tensor, AttentionMetadata]:
         counts = np.array([entry.num_scheduled_tokens for entry in scheduled], dtype=np.int32)
