@@ -41,8 +41,9 @@ export function makeRequests(parent, note, open) {
     const { requests, workers } = snapshot;
     const names = new Map(workers.map((worker) => [worker.address, worker.id]));
     nameOf = (address) => names.get(address) ?? address;
-    longest = Math.max(1, ...requests.map((request) => lasting(request, snapshot.at)));
     for (const request of requests) request.lasting = lasting(request, snapshot.at);
+    const ordered = requests.map((request) => request.lasting).sort((one, other) => one - other);
+    longest = Math.max(1, ordered[Math.floor(0.9 * ordered.length)] ?? 1); // one that took very long is cut off
     list.show(requests.slice(0, MAX_ROWS), (request) => request.id);
     empty.hidden = requests.length > 0;
     table.hidden = !requests.length;
@@ -100,8 +101,9 @@ function makeRow(first, longest, nameOf, open) {
       setText(cells[5], ms(next.tpot_ms));
       setText(cells[6], ms(next.total_ms));
       const untilFirst = next.ttft_ms ?? next.lasting;
-      parts[0].style.width = `${(100 * untilFirst) / longest()}%`;
-      parts[1].style.width = `${(100 * (next.lasting - untilFirst)) / longest()}%`;
+      const scale = 100 / Math.max(longest(), next.lasting > longest() ? next.lasting : 0);
+      parts[0].style.width = `${scale * untilFirst}%`;
+      parts[1].style.width = `${scale * (next.lasting - untilFirst)}%`;
       parts[1].hidden = next.ttft_ms === null;
       if (way !== (way = `${next.prefill} ${next.decode}`)) cells[8].replaceChildren(wayNode(next, nameOf()));
     },
