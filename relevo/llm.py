@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -28,7 +28,10 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One prompt's answer. text is cut before a stop string; token_ids hold every token that it took."""
+    """One prompt's answer. text is cut before a stop string; token_ids hold every token that it took.
+
+    prompt_logprobs: of every token of the prompt but the first, if asked for
+    """
 
     prompt_token_ids: list[int]
     token_ids: list[int]
@@ -36,6 +39,7 @@ class Completion:
     finish_reason: FinishReason
     logprobs: list[TokenLogprobs]
     num_cached_tokens: int
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 class LLM:
@@ -125,6 +129,9 @@ class LLM:
                 self._engine.abort(request_id)
 
     def _take(self, result: StepResult, open_answers: dict[str, _Answer], advance: Callable[[], None]) -> None:
+        for scored in result.prompt_logprobs:
+            if scored.request_id in open_answers:
+                open_answers[scored.request_id].prompt_logprobs += scored.logprobs
         for tokens in result.tokens:
             answer = open_answers.get(tokens.request_id)
             if answer is not None and answer.push(tokens.token_ids, tokens.logprobs):
@@ -143,6 +150,7 @@ class _Answer:
 
     def __init__(self, request: Request, detokenizer: Detokenizer) -> None:
         self.request = request
+        self.prompt_logprobs: list[TokenLogprobs] = []
         self._detokenizer = detokenizer
         self._text: list[str] = []
         self._token_ids: list[int] = []
@@ -176,6 +184,7 @@ class _Answer:
             finish_reason=self._end[0],
             logprobs=self._logprobs,
             num_cached_tokens=self._end[1],
+            prompt_logprobs=self.prompt_logprobs,
         )
 
 

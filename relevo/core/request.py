@@ -49,6 +49,7 @@ class Request:
     block_ids: list[int] = field(default_factory=list)
     num_named_blocks: int = 0  # leading blocks that the pool knows by name
     num_preemptions: int = 0
+    num_prompt_logprobs: int = 0  # rows of the prompt whose logits were looked at, each for the token that follows it
     _block_hashes: list[BlockHash] = field(default_factory=list)
 
     @property
@@ -66,6 +67,13 @@ class Request:
     @property
     def num_uncomputed_tokens(self) -> int:
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_missing_prompt_logprobs(self) -> int:
+        """Rows of the prompt that must be computed here, for their logits: none of them may come from a cache."""
+        if self.sampling.prompt_logprobs is None:
+            return 0
+        return self.num_prompt_tokens - 1 - self.num_prompt_logprobs
 
     def block_hashes(self, num_tokens: int) -> list[BlockHash]:
         """Names of the full blocks in token_ids[:num_tokens]; computed once, as tokens come."""

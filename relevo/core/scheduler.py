@@ -22,6 +22,7 @@ class SchedulerConfig:
         int  # computed in one step; at least max_num_seqs, so that every running request gets its token
     )
     block_size: int
+    max_prompt_logprobs: int = 1024  # rows of prompts whose logits are wanted, in one step: a matrix in memory
     output_allowance_tokens: int = 64  # reserved beyond the prompt when a request awaits its KV from elsewhere
 
     def __post_init__(self) -> None:
@@ -73,6 +74,7 @@ class Scheduler:
         self.held: dict[str, Request] = {}
         self._pinned: list[int] = []  # block ids; one that was pinned twice is in it twice
         self._requests: dict[str, Request] = {}
+        self._num_prompt_logprobs_left = 0  # of this step
 
     def add(self, request: Request) -> None:
         """Queue a request. It must fit the pool alone: prompt and output need at most pool.num_blocks blocks."""
@@ -154,6 +156,7 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         output = SchedulerOutput()
+        self._num_prompt_logprobs_left = self.config.max_prompt_logprobs
         budget = self._schedule_running(output, self.config.max_num_batched_tokens)
         if not output.preempted:
             self._schedule_waiting(output, budget)
@@ -200,18 +203,29 @@ class Scheduler:
         for request in sorted(self.running, key=lambda r: r.num_uncomputed_tokens > 1):
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted for one before it
-            num_tokens = min(request.num_uncomputed_tokens, budget)
+            num_tokens = self._num_to_schedule(request, budget)
             if num_tokens == 0:
-                break
+                continue
             if self._grow(request, request.num_computed_tokens + num_tokens, output):
-                output.scheduled.append(ScheduledRequest(request, num_tokens))
+                self._take(request, num_tokens, output)
                 budget -= num_tokens
         return budget
+
+    def _num_to_schedule(self, request: Request, budget: int) -> int:
+        num_tokens = min(request.num_uncomputed_tokens, budget)
+        if request.num_missing_prompt_logprobs:
+            num_tokens = min(num_tokens, self._num_prompt_logprobs_left)
+        return num_tokens
+
+    def _take(self, request: Request, num_tokens: int, output: SchedulerOutput) -> None:
+        if request.num_missing_prompt_logprobs:
+            self._num_prompt_logprobs_left -= num_tokens
+        output.scheduled.append(ScheduledRequest(request, num_tokens))
 
     def _schedule_waiting(self, output: SchedulerOutput, budget: int) -> None:
         while self.waiting and len(self.running) + len(self.waiting_for_kv) < self.config.max_num_seqs:
             request = self.waiting[0]
-            if budget == 0 and not request.await_kv:
+            if self._num_to_schedule(request, budget) == 0 and not request.await_kv:
                 break
             if not self._admit(request):
                 break
@@ -225,8 +239,8 @@ class Scheduler:
                 continue
             request.status = RequestStatus.RUNNING
             self.running.append(request)
-            num_tokens = min(request.num_uncomputed_tokens, budget)
-            output.scheduled.append(ScheduledRequest(request, num_tokens))
+            num_tokens = self._num_to_schedule(request, budget)
+            self._take(request, num_tokens, output)
             budget -= num_tokens
 
     def _admit(self, request: Request) -> bool:
@@ -238,6 +252,8 @@ class Scheduler:
         else:
             cacheable = request.num_tokens - 1  # one row must be computed
             num_tokens = request.num_tokens
+        if request.num_missing_prompt_logprobs:
+            cacheable = request.num_prompt_logprobs
         cached = self.pool.find_prefix(request.block_hashes(cacheable))
         num_new = self._num_blocks(num_tokens) - len(cached)
         if num_new + self.pool.num_free_among(cached) > self.pool.num_free_blocks:

@@ -20,9 +20,18 @@ from relevo.core.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
 from relevo.core.step_times import StepTimes
 from relevo.engine.config import EngineConfig, EngineInfo
 from relevo.engine.kv_cache import KVCache
-from relevo.engine.model_runner import ModelRunner
+from relevo.engine.model_runner import ModelRunner, RunResult
+from relevo.engine.prompt_logprobs import max_rows
 from relevo.engine.sampler import SampledToken, Sampler
-from relevo.engine.step_result import Computed, EndedRequest, EngineLoad, NewTokens, Reserved, StepResult
+from relevo.engine.step_result import (
+    Computed,
+    EndedRequest,
+    EngineLoad,
+    NewTokens,
+    PromptLogprobs,
+    Reserved,
+    StepResult,
+)
 from relevo.engine.threads import set_num_threads
 from relevo.engine.turns import Turns
 from relevo.kernels import load_backend
@@ -71,7 +80,12 @@ class Engine:
         )
         self.kv_cache = KVCache(layout, num_blocks, device)
         self.scheduler = Scheduler(
-            SchedulerConfig(config.max_num_seqs, config.max_num_batched_tokens, config.block_size),
+            SchedulerConfig(
+                config.max_num_seqs,
+                config.max_num_batched_tokens,
+                config.block_size,
+                max_prompt_logprobs=max_rows(model.vocab_size),
+            ),
             BlockPool(num_blocks),
         )
         sampler = Sampler(model.vocab_size, device, kernels)
@@ -164,20 +178,22 @@ class Engine:
         started = time.perf_counter()
         sampled: dict[str, SampledToken] = {}
         failed: dict[str, RelevoError] = {}
+        run = RunResult({}, {})
         if output.scheduled:
             with self._turns:
-                for name, result in self._runner.run(output.scheduled).items():
-                    if isinstance(result, RelevoError):
-                        failed[name] = result
-                    else:
-                        sampled[name] = result
+                run = self._runner.run(output.scheduled)
+        for name, token in run.sampled.items():
+            if isinstance(token, RelevoError):
+                failed[name] = token
+            else:
+                sampled[name] = token
         # Waiting for a turn counts: so long does a step take here.
         self._measure(output, time.perf_counter() - started)
         ended = self.scheduler.update(output, {name: token.token_id for name, token in sampled.items()})
         for name, error in failed.items():
             request = self.scheduler.fail(name)
             self._cancelled.append(EndedRequest(name, FinishReason.CANCELLED, request.num_cached_tokens, error))
-        return self._result(output, sampled, ended)
+        return self._result(output, run, sampled, ended)
 
     def load(self) -> EngineLoad:
         scheduler = self.scheduler
@@ -192,7 +208,9 @@ class Engine:
             step_seconds_per_request=self._step_times.step_seconds_per_request,
         )
 
-    def _result(self, output: SchedulerOutput, sampled: dict[str, SampledToken], ended: list[Request]) -> StepResult:
+    def _result(
+        self, output: SchedulerOutput, run: RunResult, sampled: dict[str, SampledToken], ended: list[Request]
+    ) -> StepResult:
         stored, removed = self.scheduler.pool.drain_events()
         cancelled, self._cancelled = self._cancelled, []
         return StepResult(
@@ -207,6 +225,7 @@ class Engine:
                 for entry in output.scheduled
                 if entry.request.hold_blocks
             ],
+            prompt_logprobs=[PromptLogprobs(name, logprobs) for name, logprobs in run.prompt_logprobs.items()],
             tokens=[
                 NewTokens(name, [token.token_id], [token.logprobs] if token.logprobs else [])
                 for name, token in sampled.items()

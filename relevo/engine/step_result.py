@@ -36,6 +36,14 @@ class NewTokens:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Of the next tokens of the prompt; the first token of all has none."""
+
+    request_id: str
+    logprobs: list[TokenLogprobs]
+
+
+@dataclass(frozen=True, slots=True)
 class EndedRequest:
     """error: why it ended before its end, by a fault of its own; finish_reason is CANCELLED then."""
 
@@ -66,6 +74,7 @@ class StepResult:
     reserved: list[Reserved] = field(default_factory=list)
     admitted: list[str] = field(default_factory=list)
     computed: list[Computed] = field(default_factory=list)
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     tokens: list[NewTokens] = field(default_factory=list)
     ended: list[EndedRequest] = field(default_factory=list)
     stored: list[BlockHash] = field(default_factory=list)

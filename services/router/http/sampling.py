@@ -26,12 +26,14 @@ class TokenLimit:
     """How many tokens a request may generate, and what its parameters are called where the answer is "too many".
 
     max_tokens: as the request says. default: what applies otherwise; None = the rest of the context
+    prompt_alone: the one token that is generated is not shown
     """
 
     max_tokens: int | None
     default: int | None
     prompt_param: str
     max_tokens_param: str = "max_tokens"
+    prompt_alone: bool = False
 
     def resolve(self, num_prompt_tokens: int, max_model_len: int) -> int:
         """Raises ContextLengthExceeded. A default is cut to what fits; what the request says is not."""
@@ -54,7 +56,12 @@ class TokenLimit:
 
 
 def make_sampling(
-    body: SamplingBody, defaults: GenerationDefaults, *, max_tokens: int | None, logprobs: int | None
+    body: SamplingBody,
+    defaults: GenerationDefaults,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
 ) -> SamplingParams:
     """The request's parameters; where it says nothing, the model's. Raises InvalidRequest naming the parameter."""
     top_k = defaults.top_k if body.top_k is None else body.top_k
@@ -79,6 +86,7 @@ def make_sampling(
         allowed_token_ids=None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
         bad_words=tuple(body.bad_words),
         logprob_token_ids=tuple(body.logprob_token_ids),
+        prompt_logprobs=prompt_logprobs,
         truncate_prompt_tokens=body.truncate_prompt_tokens,
     )
 
@@ -135,6 +143,7 @@ def sampling_to_proto(
         allowed_token_ids=sampling.allowed_token_ids or (),
         bad_words=[messages_pb2.TokenSequence(token_ids=word) for word in sampling.bad_words_token_ids],
         logprob_token_ids=sampling.logprob_token_ids,
+        prompt_logprobs=sampling.prompt_logprobs,
     )
 
 
