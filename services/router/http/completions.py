@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NotRequired
 
@@ -48,7 +48,7 @@ class CompletionReply(TypedDict):
 
 
 async def create_completion(serving: Serving, exchange: Exchange, body: CompletionRequest) -> GenerationResponse:
-    head = AnswerHead(f"cmpl-{uuid.uuid4().hex}", serving.model_name(body.model))
+    head = AnswerHead(f"cmpl-{secrets.token_hex(16)}", serving.model_name(body.model))
     default = serving.defaults.max_tokens or DEFAULT_MAX_TOKENS
     max_tokens = 1 if body.asks_for_prompt_alone else body.max_tokens
     wanted = (body.prompt_logprobs, body.logprobs if body.echo else None)
