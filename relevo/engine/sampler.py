@@ -15,6 +15,7 @@ from torch import Tensor
 
 from relevo.core.errors import InvalidRequest, RelevoError
 from relevo.core.sampling_params import SamplingParams
+from relevo.engine.beams import BeamCandidates, beam_candidates
 from relevo.engine.logits_processing import SamplingRow, process
 from relevo.engine.logprobs import TokenLogprobs, named_logprobs, token_logprobs
 from relevo.engine.sampling_math import uniform
@@ -29,7 +30,7 @@ class SampledToken:
     logprobs: TokenLogprobs | None
 
 
-Sampled = SampledToken | RelevoError  # an error ends its own request alone
+Sampled = SampledToken | BeamCandidates | RelevoError  # an error ends its own request alone
 
 
 class BadLogits(RelevoError):
@@ -57,6 +58,9 @@ class Sampler:
         assert logits.dtype == torch.float32, f"logits must be float32, not {logits.dtype}"
         if not rows:
             return []
+        beams = [i for i, row in enumerate(rows) if row.sampling.use_beam_search]
+        if beams:
+            return self._with_beams(logits, rows, frozenset(beams))
         processed, failures = process(logits, rows)
         chosen = self.kernels.argmax(processed)
         # argmax takes a NaN for the largest, so that its value tells whether the row can be used.
@@ -75,6 +79,18 @@ class Sampler:
             failures[i] if i in failures else SampledToken(token_id, logprobs.get(i))
             for i, token_id in enumerate(token_ids)
         ]
+
+    def _with_beams(self, logits: Tensor, rows: Sequence[SamplingRow], beams: frozenset[int]) -> list[Sampled]:
+        """Rows of beams bring what they could go on with, the others their token."""
+        others = [i for i in range(len(rows)) if i not in beams]
+        sampled = dict(zip(others, self.sample(logits[others], [rows[i] for i in others]), strict=True))
+        for i in beams:
+            try:
+                finite = bool(logits[i].max().isfinite())
+                sampled[i] = beam_candidates(self.kernels, logits[i], rows[i]) if finite else BadLogits()
+            except RelevoError as error:
+                sampled[i] = error
+        return [sampled[i] for i in range(len(rows))]
 
     def _draw(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         params = [row.sampling for row in rows]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from relevo.core.block_hash import BlockHash
 from relevo.core.errors import RelevoError
 from relevo.core.request import FinishReason
+from relevo.engine.beams import EndedBeams
 from relevo.engine.logprobs import TokenLogprobs
 
 
@@ -76,6 +77,7 @@ class StepResult:
     computed: list[Computed] = field(default_factory=list)
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     tokens: list[NewTokens] = field(default_factory=list)
+    beams: list[EndedBeams] = field(default_factory=list)
     ended: list[EndedRequest] = field(default_factory=list)
     stored: list[BlockHash] = field(default_factory=list)
     removed: list[BlockHash] = field(default_factory=list)

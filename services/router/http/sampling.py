@@ -5,11 +5,10 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import TypeVar
 
 from relevo.core.errors import InvalidRequest
-from relevo.core.sampling_params import MAX_SEED, SamplingParams
+from relevo.core.sampling_params import SamplingParams
 from relevo.model_files import GenerationDefaults
 from services.pb import messages_pb2
 from services.router.generation import ServedModel
@@ -105,13 +104,6 @@ def check_token_ids(sampling: SamplingParams, model: ServedModel) -> None:
                 raise InvalidRequest(
                     f"{param} names token {token_id}, but the model's ids are below {model.vocab_size}", param
                 )
-
-
-def choice_seed(seed: int, index: int) -> int:
-    """Of the index-th choice for one prompt. Choice 0 takes the seed itself: asking for more changes no answer."""
-    if index == 0:
-        return seed
-    return int.from_bytes(sha256(f"{seed}:{index}".encode()).digest()[:8], "little") & MAX_SEED
 
 
 def draw_seed() -> int:

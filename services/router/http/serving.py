@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from relevo.core.errors import DeadlineExceeded, InvalidRequest, Unavailable
-from relevo.core.sampling_params import SamplingParams
+from relevo.core.sampling_params import SamplingParams, choice_seed
 from relevo.detokenizer import Detokenizer
 from relevo.model_files import GenerationDefaults
 from relevo.prompts import resolve_bad_words, truncate_prompt
@@ -25,7 +25,7 @@ from services.router.http.keys import KeyRing
 from services.router.http.metrics import EdgeMetrics
 from services.router.http.prompt_logprobs import SharedPromptLogprobs
 from services.router.http.protocol import SamplingBody
-from services.router.http.sampling import TokenLimit, check_token_ids, choice_seed, draw_seed, sampling_to_proto
+from services.router.http.sampling import TokenLimit, check_token_ids, draw_seed, sampling_to_proto
 from services.router.http.stream import EventWriter, GenerationResponse, WholeWriter
 
 _LONG_TEXT_CHARS = 16_384  # takes some 5 ms to tokenize: from here on the event loop does not wait for it
