@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from relevo.core.block_hash import BlockHash
 from relevo.core.errors import RelevoError
 from relevo.core.request import FinishReason
+from relevo.engine.beams import EndedBeams
 from relevo.engine.logprobs import TokenLogprobs
 
 
@@ -33,6 +34,14 @@ class NewTokens:
     request_id: str
     token_ids: list[int]
     logprobs: list[TokenLogprobs]  # empty, or one a token
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Of the next tokens of the prompt; the first token of all has none."""
+
+    request_id: str
+    logprobs: list[TokenLogprobs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +75,9 @@ class StepResult:
     reserved: list[Reserved] = field(default_factory=list)
     admitted: list[str] = field(default_factory=list)
     computed: list[Computed] = field(default_factory=list)
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     tokens: list[NewTokens] = field(default_factory=list)
+    beams: list[EndedBeams] = field(default_factory=list)
     ended: list[EndedRequest] = field(default_factory=list)
     stored: list[BlockHash] = field(default_factory=list)
     removed: list[BlockHash] = field(default_factory=list)

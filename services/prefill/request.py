@@ -8,7 +8,7 @@ import logging
 from relevo.core.block_hash import BlockHash
 from relevo.core.errors import InvalidRequest, RelevoError
 from relevo.core.request import FinishReason
-from relevo.engine.step_result import Computed, EndedRequest, NewTokens, Reserved
+from relevo.engine.step_result import Computed, EndedRequest, NewTokens, PromptLogprobs, Reserved
 from services.kvtransfer.client import KvAgentClient
 from services.pb.messages_pb2 import Ended
 from services.pb.prefill_pb2 import Announced, PrefillCommand, PrefillUpdate, SubmitPrefill
@@ -107,7 +107,7 @@ class PrefillRequest:
                 self._changed.set()
                 if self._is_aborted:
                     self._end()
-            case Admitted():
+            case Admitted() | PromptLogprobs():
                 pass
 
     async def _run(self) -> None:

@@ -186,7 +186,9 @@ class RoutedGeneration:
         patience = self._loop.time() + MIGRATION_SECONDS
         while True:
             news = self._fleet.news
-            placement = await self._planner.place(self._prompt, num_tokens, self._refusals, self._loop.time())
+            placement = await self._planner.place(
+                self._prompt, num_tokens, self._refusals, self._loop.time(), whole=self._is_computed_whole
+            )
             if self._is_over:  # the client left, or the time did, while the prompt was hashed
                 await self._inbox.take()
             if placement is not None:
@@ -194,6 +196,10 @@ class RoutedGeneration:
             if not self._output or self._loop.time() >= patience:
                 raise self._nobody_left()
             await _first_of(news, self._over, timeout_seconds=patience - self._loop.time())
+
+    @property
+    def _is_computed_whole(self) -> bool:
+        return self._request.sampling.HasField("prompt_logprobs")
 
     def _check(self) -> None:
         """The edge has looked already; what comes here wrong all the same must not reach a worker."""
@@ -268,7 +274,10 @@ class RoutedGeneration:
         last = self._events[-1] if self._events else None
         if isinstance(last, TokensEvent):  # the reader is behind: several steps become one event
             event = TokensEvent(
-                [*last.token_ids, *event.token_ids], [*last.logprobs, *event.logprobs], event.num_cached_tokens
+                [*last.token_ids, *event.token_ids],
+                [*last.logprobs, *event.logprobs],
+                event.num_cached_tokens,
+                last.prompt_logprobs,
             )
             self._events.pop()
         self._events.append(event)
@@ -331,4 +340,5 @@ def _continued(request: messages_pb2.GenerationRequest, token_ids: Sequence[int]
     continued.CopyFrom(request)
     continued.prompt_token_ids.extend(token_ids)
     continued.num_output_tokens += len(token_ids)
+    continued.sampling.ClearField("prompt_logprobs")  # they came before the first token
     return continued

@@ -15,12 +15,14 @@ from services.router.route_log import RouteRecord
 class TokensEvent:
     """Output tokens, in order. logprobs: empty, or one a token.
 
+    prompt_logprobs: with the first tokens, if asked for: of every token of the prompt but the first
     num_cached_tokens: as in EndEvent, if it is known already: a request that a stop string ends gets no EndEvent
     """
 
     token_ids: Sequence[int]
     logprobs: Sequence[messages_pb2.TokenLogprobs] = ()
     num_cached_tokens: int | None = None
+    prompt_logprobs: Sequence[messages_pb2.TokenLogprobs] = ()
 
 
 @dataclass(frozen=True, slots=True)

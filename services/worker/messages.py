@@ -47,12 +47,13 @@ def sampling_from_pb(message: pb.SamplingParams, *, max_tokens: int | None = Non
         allowed_token_ids=tuple(message.allowed_token_ids) or None,
         bad_words_token_ids=tuple(tuple(word.token_ids) for word in message.bad_words),
         logprob_token_ids=tuple(message.logprob_token_ids),
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
         structured_outputs=structured_outputs_from_proto(message),
     )
 
 
 def tokens_to_pb(tokens: NewTokens) -> pb.Tokens:
-    return pb.Tokens(token_ids=tokens.token_ids, logprobs=_logprobs_to_pb(tokens.logprobs))
+    return pb.Tokens(token_ids=tokens.token_ids, logprobs=logprobs_to_pb(tokens.logprobs))
 
 
 def finished(reason: FinishReason, num_cached_tokens: int) -> pb.Ended:
@@ -82,7 +83,7 @@ def load_to_pb(load: EngineLoad, transfer_bytes_per_second: float) -> pb.Load:
     )
 
 
-def _logprobs_to_pb(logprobs: Sequence[TokenLogprobs]) -> list[pb.TokenLogprobs]:
+def logprobs_to_pb(logprobs: Sequence[TokenLogprobs]) -> list[pb.TokenLogprobs]:
     return [
         pb.TokenLogprobs(
             chosen=pb.Logprob(token_id=entry.chosen.token_id, logprob=entry.chosen.logprob, rank=entry.chosen.rank),

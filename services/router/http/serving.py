@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from relevo.core.errors import DeadlineExceeded, InvalidRequest, Unavailable
-from relevo.core.sampling_params import SamplingParams
+from relevo.core.sampling_params import SamplingParams, choice_seed
 from relevo.detokenizer import Detokenizer
 from relevo.model_files import GenerationDefaults
 from relevo.prompts import resolve_bad_words, truncate_prompt
@@ -23,8 +23,9 @@ from services.router.http.exchange import Exchange
 from services.router.http.explain import AnswerIds
 from services.router.http.keys import KeyRing
 from services.router.http.metrics import EdgeMetrics
+from services.router.http.prompt_logprobs import SharedPromptLogprobs
 from services.router.http.protocol import SamplingBody
-from services.router.http.sampling import TokenLimit, check_token_ids, choice_seed, draw_seed, sampling_to_proto
+from services.router.http.sampling import TokenLimit, check_token_ids, draw_seed, sampling_to_proto
 from services.router.http.stream import EventWriter, GenerationResponse, WholeWriter
 from services.router.http.structure import StructureChecker
 
@@ -168,14 +169,17 @@ class Serving:
             max_tokens = limit.resolve(len(prompt.token_ids), model.max_model_len)
             seed = draw_seed() if sampling.seed is None else sampling.seed
             for nth in range(body.n):
+                # A prompt's logprobs take computing all of it: once.
+                own = sampling if nth == 0 else replace(sampling, prompt_logprobs=None)
                 request = messages_pb2.GenerationRequest(
                     request_id=f"{answer_id}-{len(planned)}",
                     prompt_token_ids=prompt.token_ids,
-                    sampling=sampling_to_proto(sampling, max_tokens=max_tokens, seed=choice_seed(seed, nth)),
+                    sampling=sampling_to_proto(own, max_tokens=max_tokens, seed=choice_seed(seed, nth)),
                     cache_salt=exchange.key_salt + body.cache_salt,
                     timeout_ms=timeout_ms,
                 )
                 planned.append((prompt_index, request))
+        shared = [SharedPromptLogprobs() if sampling.prompt_logprobs is not None else None for _ in prompts]
         return [
             Choice(
                 index,
@@ -191,6 +195,9 @@ class Serving:
                 ),
                 stop_token_ids,
                 include_stop=sampling.include_stop_str_in_output,
+                prompt_logprobs=shared[prompt_index],
+                is_first_of_prompt=index % body.n == 0,
+                prompt_alone=limit.prompt_alone,
             )
             for index, (prompt_index, request) in enumerate(planned)
         ]

@@ -129,9 +129,27 @@ def one_by_one(
     request: messages_pb2.GenerationRequest,
     finish_reason: FinishReason = FinishReason.LENGTH,
 ) -> Iterator[Step]:
+    prompt_logprobs = make_prompt_logprobs(request)
     for token_id in token_ids:
-        yield TokensEvent([token_id], make_logprobs([token_id], request))
+        yield TokensEvent([token_id], make_logprobs([token_id], request), prompt_logprobs=prompt_logprobs)
+        prompt_logprobs = []
     yield EndEvent(finish_reason, num_cached_tokens=4)
+
+
+def make_prompt_logprobs(request: messages_pb2.GenerationRequest) -> list[messages_pb2.TokenLogprobs]:
+    """Each token is one rank below the likeliest, whose id is one higher; others follow."""
+    if not request.sampling.HasField("prompt_logprobs"):
+        return []
+    return [
+        messages_pb2.TokenLogprobs(
+            chosen=messages_pb2.Logprob(token_id=token_id, logprob=-2.0, rank=2),
+            top=[
+                messages_pb2.Logprob(token_id=token_id + 1 - i, logprob=-1.0 - i, rank=i + 1)
+                for i in range(request.sampling.prompt_logprobs)
+            ],
+        )
+        for token_id in request.prompt_token_ids[1:]
+    ]
 
 
 def make_logprobs(
