@@ -22,7 +22,7 @@ from relevo.engine.config import EngineConfig, EngineInfo
 from relevo.engine.kv_cache import KVCache
 from relevo.engine.model_runner import ModelRunner
 from relevo.engine.sampler import SampledToken, Sampler
-from relevo.engine.step_result import Computed, EndedRequest, EngineLoad, NewTokens, Reserved, StepResult
+from relevo.engine.step_result import Chunk, Computed, EndedRequest, EngineLoad, NewTokens, Reserved, StepResult
 from relevo.engine.threads import set_num_threads
 from relevo.engine.turns import Turns
 from relevo.kernels import load_backend
@@ -160,6 +160,7 @@ class Engine:
         return bool(self.scheduler.waiting or self.scheduler.running or self.scheduler.waiting_for_kv)
 
     def step(self) -> StepResult:
+        began_at = time.monotonic()
         output = self.scheduler.schedule()
         started = time.perf_counter()
         sampled = {}
@@ -168,8 +169,9 @@ class Engine:
                 sampled = self._runner.run(output.scheduled)
         # Waiting for a turn counts: so long does a step take here.
         self._measure(output, time.perf_counter() - started)
+        chunks = chunks_of(output)
         ended = self.scheduler.update(output, {name: token.token_id for name, token in sampled.items()})
-        return self._result(output, sampled, ended)
+        return self._result(output, sampled, ended, chunks, began_at)
 
     def load(self) -> EngineLoad:
         scheduler = self.scheduler
@@ -184,7 +186,14 @@ class Engine:
             step_seconds_per_request=self._step_times.step_seconds_per_request,
         )
 
-    def _result(self, output: SchedulerOutput, sampled: dict[str, SampledToken], ended: list[Request]) -> StepResult:
+    def _result(
+        self,
+        output: SchedulerOutput,
+        sampled: dict[str, SampledToken],
+        ended: list[Request],
+        chunks: list[Chunk],
+        began_at: float,
+    ) -> StepResult:
         stored, removed = self.scheduler.pool.drain_events()
         cancelled, self._cancelled = self._cancelled, []
         return StepResult(
@@ -208,6 +217,9 @@ class Engine:
             stored=stored,
             removed=removed,
             num_scheduled_tokens=output.num_scheduled_tokens,
+            chunks=chunks,
+            began_at=began_at,
+            ended_at=time.monotonic(),
         )
 
     def _measure(self, output: SchedulerOutput, seconds: float) -> None:
@@ -232,6 +244,15 @@ class Engine:
         self._prefill_tokens_per_second = 0.0
         self._step_times = StepTimes()
         logger.debug("warm-up took %.2f s", time.perf_counter() - started)
+
+
+def chunks_of(output: SchedulerOutput) -> list[Chunk]:
+    """What a step is to compute of prompts; plain steps of running requests are none. Before the step is accounted."""
+    return [
+        Chunk(entry.request.request_id, entry.num_scheduled_tokens)
+        for entry in output.scheduled
+        if entry.num_scheduled_tokens > 1 or not entry.request.num_output_tokens
+    ]
 
 
 def _mean(mean: float, value: float) -> float:

@@ -6,8 +6,9 @@ import asyncio
 import logging
 
 from relevo.core.errors import Mismatch, RelevoError
-from relevo.engine.step_result import Computed, EndedRequest, NewTokens, Reserved
+from relevo.engine.step_result import Chunk, Computed, EndedRequest, NewTokens, Reserved
 from services.decode.intake import Intake
+from services.decode.stages import DecodeStages
 from services.pb.decode_pb2 import Accepted, DecodeCommand, DecodeUpdate, SubmitDecode
 from services.worker.deadline import Deadline
 from services.worker.messages import failed, finished, sampling_from_pb, tokens_to_pb
@@ -50,7 +51,11 @@ class DecodeRequest:
             await_kv=takes_in,
             num_output_tokens=message.num_output_tokens,
         )
-        self._intake = Intake(worker, receiver, self._request) if takes_in and receiver is not None else None
+        self._stages = DecodeStages(worker, self._request)
+        self._num_tokens = 0  # given here
+        self._intake = None
+        if takes_in and receiver is not None:
+            self._intake = Intake(worker, receiver, self._request, self._stages)
         if self._intake is not None and not is_split:
             self._intake.fetch_kv(submit.fetch.source_agent_address)
             self._intake.sample_here()
@@ -89,10 +94,15 @@ class DecodeRequest:
     def on_event(self, event: Event) -> None:
         match event:
             case NewTokens():
-                self._reply.send(DecodeUpdate(handle=self._reply.handle, tokens=tokens_to_pb(event)))
+                self._num_tokens += len(event.token_ids)
+                tokens = tokens_to_pb(event, self._stages.tokens())
+                self._reply.send(DecodeUpdate(handle=self._reply.handle, tokens=tokens))
+            case Chunk():
+                self._stages.chunk(event)
             case Admitted() if self._intake is None:
                 self._accept(self._request.num_cached_tokens)
             case Reserved() if self._intake is not None and not self._is_stopping:
+                self._stages.reserved()
                 self._accept(event.num_cached_tokens)
                 self._task = self._worker.spawn(self._take_in(self._intake, event), f"intake {self._name}")
                 self._task.add_done_callback(self._task_done)
@@ -130,10 +140,11 @@ class DecodeRequest:
         num_cached_tokens = min(
             self._request.num_prompt_tokens, max(ended.num_cached_tokens, self._num_taken_in_tokens)
         )
+        stages = self._stages.ended(self._num_tokens)
         if self._error is None:
-            self._reply.end(finished(ended.finish_reason, num_cached_tokens))
+            self._reply.end(finished(ended.finish_reason, num_cached_tokens, stages))
         else:
-            self._reply.end(failed(self._error, num_cached_tokens))
+            self._reply.end(failed(self._error, num_cached_tokens, stages))
         self._log("ended: %s", ended.finish_reason.value if self._error is None else self._error.message)
 
     def _log(self, message: str, *values: object) -> None:

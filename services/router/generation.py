@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from relevo.core.request import FinishReason
 from services.pb import messages_pb2
+from services.router.timeline import Timeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +41,11 @@ class Generation(Protocol):
     before any token or after some. It is the last thing that iteration does then.
 
     on_accepted: called once, inside iteration, when a worker has taken the request on: Exhausted does not follow
+    timeline: where it notes what becomes of it; may be replaced before the first `__anext__`
     """
 
     on_accepted: Callable[[], None] | None
+    timeline: Timeline
 
     def __aiter__(self) -> Generation: ...
 
@@ -74,7 +77,8 @@ class Dispatcher(Protocol):
         """None until some worker was seen."""
 
     def explain(self, request_id: str) -> Sequence[Mapping[str, Any]]:
-        """Generation.explain of the request, or of those named REQUEST_ID-0, -1, …; empty if too long ago, or never."""
+        """Generation.explain of the request, or of those named REQUEST_ID-0, -1, …, with their timelines; empty if too
+        long ago, or never."""
 
     def is_ready(self) -> bool:
         """Whether a request could be served now."""

@@ -12,6 +12,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Histogram
 
 from relevo.core.placement import Placement
+from services.router.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class RouteRecord:
     num_prompt_tokens: int
     placed_at: float = field(default_factory=time.time)
     routes: list[Route] = field(default_factory=list)
+    timeline: Timeline = field(default_factory=Timeline)
 
     def explain(self, max_candidates: int | None = None) -> dict[str, Any]:
         """As JSON: every try with its candidates' terms, cheapest first. `omitted`: how many were left out."""

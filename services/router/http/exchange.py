@@ -37,7 +37,7 @@ _SCOPE_KEY = "relevo.exchange"
 class Exchange:
     """One request and its answer.
 
-    arrived: seconds, on the clock of time.perf_counter
+    arrived: seconds, on the clock of time.perf_counter; received: when its body was there
     explains: the client asks why its request goes where it goes
     client: the API key it came with; None where keys are not asked for
     key_salt: goes before the request's own cache_salt; "" = blocks are shared between API keys
@@ -51,6 +51,7 @@ class Exchange:
     client: ApiKey | None = None
     key_salt: str = ""
     arrived: float = field(default_factory=time.perf_counter)
+    received: float | None = None
     started: bool = False
     outcome: int = CLIENT_LEFT
 

@@ -25,6 +25,7 @@ from services.router.http.metrics import EdgeMetrics
 from services.router.http.protocol import SamplingBody
 from services.router.http.sampling import TokenLimit, check_token_ids, choice_seed, draw_seed, sampling_to_proto
 from services.router.http.stream import EventWriter, GenerationResponse, WholeWriter
+from services.router.timeline import Timeline
 
 _LONG_TEXT_CHARS = 16_384  # takes some 5 ms to tokenize: from here on the event loop does not wait for it
 
@@ -168,7 +169,7 @@ class Serving:
             Choice(
                 index,
                 prompt_index,
-                self.admission.generate(request, standing),
+                self.admission.generate(request, standing, _timeline(exchange, self.model_name(body.model), request)),
                 Detokenizer(
                     self.tokenizer,
                     prompts[prompt_index].token_ids,
@@ -180,6 +181,26 @@ class Serving:
             )
             for index, (prompt_index, request) in enumerate(planned)
         ]
+
+
+def _timeline(exchange: Exchange, model: str, request: messages_pb2.GenerationRequest) -> Timeline:
+    """Of a choice whose prompt has just been tokenized."""
+    timeline = Timeline(exchange.arrived)
+    if exchange.received is not None:
+        timeline.mark("receive", exchange.arrived, exchange.received)
+        timeline.mark("tokenize", exchange.received, tokens=len(request.prompt_token_ids))
+    timeline.attributes = {
+        "relevo.request.id": exchange.request_id,
+        "gen_ai.operation.name": "chat" if request.request_id.startswith("chatcmpl") else "text_completion",
+        "gen_ai.provider.name": "relevo",
+        "gen_ai.request.model": model,
+        "gen_ai.request.max_tokens": request.sampling.max_tokens,
+        "gen_ai.request.temperature": request.sampling.temperature,
+        "gen_ai.request.top_p": request.sampling.top_p,
+        "gen_ai.response.id": request.request_id,
+        "gen_ai.usage.input_tokens": len(request.prompt_token_ids),
+    }
+    return timeline
 
 
 def check_prompt(token_ids: Sequence[int], model: ServedModel, param: str) -> None:

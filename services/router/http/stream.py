@@ -92,9 +92,13 @@ class GenerationResponse(Response):
                 if delta.num_tokens:
                     self._times.tokens(choice.index, delta.num_tokens)
                 await self._writer.write(choice, delta, send)
+                if choice.timeline.second_at is None and delta.num_tokens:
+                    choice.timeline.written()
                 finish_reason = delta.finish_reason
             self._metrics.finished.labels(finish_reason).inc()
+            choice.timeline.end()
         finally:
+            choice.timeline.end("cancelled")
             await choice.aclose()
 
     async def _fail(self, error: Exception) -> None:
