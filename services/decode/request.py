@@ -7,6 +7,7 @@ import logging
 
 from relevo.core.errors import Mismatch, RelevoError
 from relevo.engine.step_result import Chunk, Computed, EndedRequest, NewTokens, Reserved
+from services.common.telemetry import enter_trace, trace_id_of
 from services.decode.intake import Intake
 from services.decode.stages import DecodeStages
 from services.pb.decode_pb2 import Accepted, DecodeCommand, DecodeUpdate, SubmitDecode
@@ -43,6 +44,7 @@ class DecodeRequest:
         self._worker = worker
         self._reply = reply
         self._name = message.request_id
+        self._traceparent = message.traceparent
         self._request = worker.engine.make_request(
             engine_id,
             message.prompt_token_ids,
@@ -112,6 +114,7 @@ class DecodeRequest:
                 pass
 
     async def _take_in(self, intake: Intake, reserved: Reserved) -> None:
+        enter_trace(self._traceparent)
         try:
             taken_in = await intake.run(reserved)
         except RelevoError as error:
@@ -148,4 +151,5 @@ class DecodeRequest:
         self._log("ended: %s", ended.finish_reason.value if self._error is None else self._error.message)
 
     def _log(self, message: str, *values: object) -> None:
-        logger.debug(message, *values, extra={"request_id": self._name})
+        about = {"request_id": self._name, "trace_id": trace_id_of(self._traceparent)}
+        logger.debug(message, *values, extra=about)

@@ -10,6 +10,7 @@ from relevo.core.block_hash import BlockHash
 from relevo.core.errors import InvalidRequest, RelevoError
 from relevo.core.request import FinishReason
 from relevo.engine.step_result import Chunk, Computed, EndedRequest, NewTokens, Reserved
+from services.common.telemetry import enter_trace, trace_id_of
 from services.kvtransfer.client import KvAgentClient
 from services.pb.messages_pb2 import Ended
 from services.pb.prefill_pb2 import Announced, PrefillCommand, PrefillUpdate, SubmitPrefill
@@ -52,6 +53,7 @@ class PrefillRequest:
         self._receiver = receiver
         self._reply = reply
         self._name = message.request_id
+        self._traceparent = message.traceparent
         self._request = worker.engine.make_request(
             engine_id,
             message.prompt_token_ids,
@@ -121,6 +123,7 @@ class PrefillRequest:
                 pass
 
     async def _run(self) -> None:
+        enter_trace(self._traceparent)
         try:
             await self._announce_and_compute()
         except* RelevoError as group:
@@ -235,4 +238,5 @@ class PrefillRequest:
             self._waits_since = None
 
     def _log(self, message: str, *values: object) -> None:
-        logger.debug(message, *values, extra={"request_id": self._name})
+        about = {"request_id": self._name, "trace_id": trace_id_of(self._traceparent)}
+        logger.debug(message, *values, extra=about)

@@ -31,6 +31,7 @@ from services.router.http.limits import Limiter
 from services.router.http.metrics import EdgeMetrics
 from services.router.http.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from services.router.http.serving import EdgeConfig, Serving, check_prompt, run_long
+from services.router.tracing import Tracer
 
 __all__ = ["EdgeConfig", "create_app"]
 
@@ -70,11 +71,13 @@ def create_app(
     *,
     registry: CollectorRegistry | None = None,
     limiter: Limiter | None = None,
+    tracer: Tracer | None = None,
 ) -> ASGIApp:
     """The ASGI app.
 
     registry: what /metrics shows; the app adds its own to it
     limiter: counts what API keys with limits do; None: in this process
+    tracer: exports traces; None: none are
     """
     metrics = EdgeMetrics(CollectorRegistry() if registry is None else registry)
     admission = Admission(dispatcher, config.admission, metrics.registry)
@@ -100,6 +103,7 @@ def create_app(
         metrics,
         salt_by_api_key=config.salt_by_api_key,
         limiter=limiter,
+        tracer=tracer,
     )
     if config.cors_origins:  # outside the layer that asks for keys: a browser asks first whether it may, without one
         app = CORSMiddleware(

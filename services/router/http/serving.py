@@ -124,6 +124,7 @@ class Serving:
     ) -> GenerationResponse:
         """The response that will run all choices. Raises InvalidRequest and its like; nothing was started then."""
         choices = self._choices(exchange, answer_id, prompts, body, sampling, limit)
+        exchange.timelines = [choice.timeline for choice in choices]
         self.answer_ids.remember(exchange.request_id, answer_id)
         writer = (
             EventWriter(exchange, payloads, include_usage=body.include_usage)
@@ -151,6 +152,7 @@ class Serving:
         if not sampling.ignore_eos:
             stop_token_ids |= frozenset(self.defaults.eos_token_ids)
         standing = exchange.standing(body.priority)
+        traceparent = exchange.trace.traceparent(is_sampled=exchange.trace.is_asked) if exchange.trace else ""
         planned: list[tuple[int, messages_pb2.GenerationRequest]] = []  # with its prompt's index
         for prompt_index, prompt in enumerate(prompts):
             check_prompt(prompt.token_ids, model, limit.prompt_param)
@@ -163,6 +165,7 @@ class Serving:
                     sampling=sampling_to_proto(sampling, max_tokens=max_tokens, seed=choice_seed(seed, nth)),
                     cache_salt=exchange.key_salt + body.cache_salt,
                     timeout_ms=timeout_ms,
+                    traceparent=traceparent,
                 )
                 planned.append((prompt_index, request))
         return [
