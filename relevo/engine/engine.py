@@ -26,6 +26,7 @@ from relevo.engine.model_runner import ModelRunner, RunResult
 from relevo.engine.prompt_logprobs import max_rows
 from relevo.engine.sampler import SampledToken, Sampler
 from relevo.engine.step_result import (
+    Chunk,
     Computed,
     EndedRequest,
     EngineLoad,
@@ -208,6 +209,7 @@ class Engine:
 
     def step(self) -> StepResult:
         self._take_compiled()
+        began_at = time.monotonic()
         output = self.scheduler.schedule()
         started = time.perf_counter()
         sampled: dict[str, SampledToken] = {}
@@ -226,13 +228,14 @@ class Engine:
                 sampled[name] = token
         # Waiting for a turn counts: so long does a step take here.
         self._measure(output, time.perf_counter() - started)
+        chunks = chunks_of(output)
         ended = self.scheduler.update(output, {name: token.token_id for name, token in sampled.items()})
         for name, error in failed.items():
             request = self._beams.drop(name) or self.scheduler.fail(name)
             if request is not None:  # else another hypothesis of the same search has failed before
                 self._end(request, error)
         beams = self._advance_beams(candidates)
-        return self._result(output, run, sampled, ended, beams)
+        return self._result(output, run, sampled, ended, beams, chunks, began_at)
 
     def _advance_beams(self, candidates: dict[str, BeamCandidates]) -> list[EndedBeams]:
         if not candidates:
@@ -286,6 +289,8 @@ class Engine:
         sampled: dict[str, SampledToken],
         ended: list[Request],
         beams: list[EndedBeams],
+        chunks: list[Chunk],
+        began_at: float,
     ) -> StepResult:
         stored, removed = self.scheduler.pool.drain_events()
         cancelled, self._cancelled = self._cancelled, []
@@ -318,6 +323,9 @@ class Engine:
             stored=stored,
             removed=removed,
             num_scheduled_tokens=output.num_scheduled_tokens,
+            chunks=chunks,
+            began_at=began_at,
+            ended_at=time.monotonic(),
         )
 
     def _measure(self, output: SchedulerOutput, seconds: float) -> None:
@@ -343,6 +351,15 @@ class Engine:
         self._prefill_tokens_per_second = 0.0
         self._step_times = StepTimes()
         logger.debug("warm-up took %.2f s", time.perf_counter() - started)
+
+
+def chunks_of(output: SchedulerOutput) -> list[Chunk]:
+    """What a step is to compute of prompts; plain steps of running requests are none. Before the step is accounted."""
+    return [
+        Chunk(entry.request.request_id, entry.num_scheduled_tokens)
+        for entry in output.scheduled
+        if entry.num_scheduled_tokens > 1 or not entry.request.num_output_tokens
+    ]
 
 
 def _mean(mean: float, value: float) -> float:

@@ -52,16 +52,16 @@ def sampling_from_pb(message: pb.SamplingParams, *, max_tokens: int | None = Non
     )
 
 
-def tokens_to_pb(tokens: NewTokens) -> pb.Tokens:
-    return pb.Tokens(token_ids=tokens.token_ids, logprobs=logprobs_to_pb(tokens.logprobs))
+def tokens_to_pb(tokens: NewTokens, stages: pb.Stages | None = None) -> pb.Tokens:
+    return pb.Tokens(token_ids=tokens.token_ids, logprobs=logprobs_to_pb(tokens.logprobs), stages=stages)
 
 
-def finished(reason: FinishReason, num_cached_tokens: int) -> pb.Ended:
-    return pb.Ended(finish_reason=_FINISH_REASONS[reason], num_cached_tokens=num_cached_tokens)
+def finished(reason: FinishReason, num_cached_tokens: int, stages: pb.Stages | None = None) -> pb.Ended:
+    return pb.Ended(finish_reason=_FINISH_REASONS[reason], num_cached_tokens=num_cached_tokens, stages=stages)
 
 
-def failed(error: RelevoError, num_cached_tokens: int = 0) -> pb.Ended:
-    return pb.Ended(error=error_to_proto(error), num_cached_tokens=num_cached_tokens)
+def failed(error: RelevoError, num_cached_tokens: int = 0, stages: pb.Stages | None = None) -> pb.Ended:
+    return pb.Ended(error=error_to_proto(error), num_cached_tokens=num_cached_tokens, stages=stages)
 
 
 def first_error(group: BaseExceptionGroup[RelevoError]) -> RelevoError:

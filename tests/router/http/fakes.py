@@ -12,6 +12,7 @@ from relevo.core.request import FinishReason
 from services.pb import messages_pb2
 from services.router.generation import EndEvent, ServedModel, TokensEvent
 from services.router.route_log import RouteRecord
+from services.router.timeline import Timeline
 
 MODEL = ServedModel(max_model_len=256, vocab_size=4096, block_size=16)
 
@@ -28,6 +29,7 @@ class FakeGeneration:
     def __init__(self, request: messages_pb2.GenerationRequest, steps: Iterable[Step]) -> None:
         self.request = request
         self.on_accepted: Callable[[], None] | None = None
+        self.timeline = Timeline()
         self.num_pulled = 0
         self.has_begun = asyncio.Event()
         self.closed = asyncio.Event()
