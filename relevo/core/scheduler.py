@@ -23,6 +23,7 @@ class SchedulerConfig:
         int  # computed in one step; at least max_num_seqs, so that every running request gets its token
     )
     block_size: int
+    max_prompt_logprobs: int = 1024  # rows of prompts whose logits are wanted, in one step: a matrix in memory
     output_allowance_tokens: int = 64  # reserved beyond the prompt when a request awaits its KV from elsewhere
 
     def __post_init__(self) -> None:
@@ -80,6 +81,7 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._num_added = 0
         self.prompt_tokens_per_step: float | None = None
+        self._num_prompt_logprobs_left = 0  # of this step
 
     def add(self, request: Request) -> None:
         """Queue a request. It must fit the pool alone: prompt and output need at most pool.num_blocks blocks."""
@@ -135,11 +137,12 @@ class Scheduler:
         self._forget(request)
         return request
 
-    def fail(self, request_id: str) -> Request:
+    def fail(self, request_id: str) -> Request | None:
         """End a running request that can't go on. Held blocks stay until release(): somebody may be copying them."""
-        request = self._requests[request_id]
-        request.finish_reason = FinishReason.CANCELLED
-        self._end(request)
+        request = self._requests.get(request_id)
+        if request is not None:
+            request.finish_reason = FinishReason.CANCELLED
+            self._end(request)
         return request
 
     def release(self, request_id: str) -> None:
@@ -161,14 +164,33 @@ class Scheduler:
             self._pinned.remove(block_id)
             self.pool.free([block_id])
 
+    @property
+    def has_place(self) -> bool:
+        return len(self.running) + len(self.waiting_for_kv) < self.config.max_num_seqs
+
+    def place(self, request: Request) -> None:
+        """Where a request belongs that was running or waiting and was given blocks, or has lost them."""
+        if request.block_ids and request.status is RequestStatus.WAITING:
+            self.waiting.remove(request)
+            self.running.append(request)
+            request.status = RequestStatus.RUNNING
+        elif not request.block_ids and request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+            insort(self.waiting, request, key=_urgency)
+            request.num_preemptions += 1
+            request.status = RequestStatus.WAITING
+
     def schedule(self) -> SchedulerOutput:
         output = SchedulerOutput()
+        self._num_prompt_logprobs_left = self.config.max_prompt_logprobs
         self._make_room(output)
         num_yielded = len(output.preempted)
         prompt_budget = self._prompt_budget()
         budget, prompt_budget = self._schedule_running(output, self.config.max_num_batched_tokens, prompt_budget)
         if len(output.preempted) == num_yielded:
             self._schedule_waiting(output, min(budget, prompt_budget))
+        while not output.scheduled and self._preempt_parked(output):
+            self._schedule_waiting(output, self.config.max_num_batched_tokens)
         return output
 
     def update(self, output: SchedulerOutput, sampled: Mapping[str, int]) -> list[Request]:
@@ -229,28 +251,29 @@ class Scheduler:
         for request in sorted(self.running, key=later):
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted for one before it
-            num_tokens = min(request.num_uncomputed_tokens, budget)
+            num_tokens = self._num_to_schedule(request, budget)
             is_prompt = request.num_uncomputed_tokens > 1
             if is_prompt and num_tokens > prompt_budget:
                 num_tokens = -(-prompt_budget // leave)
             if num_tokens == 0:
-                break
+                continue
             if self._grow(request, request.num_computed_tokens + num_tokens, output):
-                output.scheduled.append(ScheduledRequest(request, num_tokens))
+                self._take(request, num_tokens, output)
                 budget -= num_tokens
                 prompt_budget -= num_tokens if is_prompt else 0
         return budget, prompt_budget
 
     def _make_room(self, output: SchedulerOutput) -> None:
         """Preempt for the first that waits, if that lets it in, running requests of a lower priority."""
-        if not self.waiting:
+        lowest = max((request.priority for request in self.running), default=0)
+        if not self.waiting or self.waiting[0].priority >= lowest:
             return
-        head = self.waiting[0]
+        head = next((r for r in self.waiting if not r.is_parked and not self._is_being_computed(r)), None)
+        if head is None:
+            return
         victims = sorted(
             (r for r in self.running if r.priority > head.priority and not r.hold_blocks), key=_urgency, reverse=True
         )
-        if not victims:
-            return
         missing = self._num_missing_blocks(head)
         num_seqs = len(self.running) + len(self.waiting_for_kv)
         if missing > sum(len(victim.block_ids) for victim in victims):
@@ -267,14 +290,28 @@ class Scheduler:
         cached, num_new = self._find_blocks(request)
         return num_new + self.pool.num_free_among(cached) - self.pool.num_free_blocks
 
+    def _num_to_schedule(self, request: Request, budget: int) -> int:
+        num_tokens = min(request.num_uncomputed_tokens, budget)
+        if request.num_missing_prompt_logprobs:
+            num_tokens = min(num_tokens, self._num_prompt_logprobs_left)
+        return num_tokens
+
+    def _take(self, request: Request, num_tokens: int, output: SchedulerOutput) -> None:
+        if request.num_missing_prompt_logprobs:
+            self._num_prompt_logprobs_left -= num_tokens
+        output.scheduled.append(ScheduledRequest(request, num_tokens))
+
     def _schedule_waiting(self, output: SchedulerOutput, budget: int) -> None:
-        while self.waiting and len(self.running) + len(self.waiting_for_kv) < self.config.max_num_seqs:
-            request = self.waiting[0]
-            if budget == 0 and not request.await_kv:
+        for request in list(self.waiting):
+            if not self.has_place:
+                break
+            if request.is_parked or self._is_being_computed(request):
+                continue
+            if self._num_to_schedule(request, budget) == 0 and not request.await_kv:
                 break
             if not self._admit(request):
                 break
-            self.waiting.popleft()
+            self.waiting.remove(request)
             if request.num_preemptions == 0:
                 output.admitted.append(request)
             if request.await_kv:
@@ -284,8 +321,8 @@ class Scheduler:
                 continue
             request.status = RequestStatus.RUNNING
             self.running.append(request)
-            num_tokens = min(request.num_uncomputed_tokens, budget)
-            output.scheduled.append(ScheduledRequest(request, num_tokens))
+            num_tokens = self._num_to_schedule(request, budget)
+            self._take(request, num_tokens, output)
             budget -= num_tokens
 
     def _admit(self, request: Request) -> bool:
@@ -306,13 +343,32 @@ class Scheduler:
     def _find_blocks(self, request: Request) -> tuple[list[int], int]:
         """The cached blocks that it would share, and how many others it needs."""
         if request.await_kv:
-            cacheable = request.num_tokens
             num_tokens = request.num_tokens + min(request.max_tokens, self.config.output_allowance_tokens)
         else:
-            cacheable = request.num_tokens - 1  # one row must be computed
             num_tokens = request.num_tokens
-        cached = self.pool.find_prefix(request.block_hashes(cacheable))
+        cached = self.pool.find_prefix(request.block_hashes(self._num_cacheable(request)))
         return cached, self._num_blocks(num_tokens) - len(cached)
+
+    def _num_cacheable(self, request: Request) -> int:
+        """How many of its tokens may come from the cache."""
+        if request.num_missing_prompt_logprobs:
+            return request.num_prompt_logprobs
+        return request.num_tokens if request.await_kv else request.num_tokens - 1  # one row must be computed
+
+    def _is_being_computed(self, request: Request) -> bool:
+        """Whether another request, by its steps or by who fills its blocks, will soon have all that could be shared.
+
+        Then it waits for them, which takes no longer than computing the same at its side, and holds no block meanwhile:
+        so n choices for a prompt hold its full blocks once. Requests with but a beginning in common wait for nobody.
+        """
+        names = request.block_hashes(self._num_cacheable(request))
+        if not names or self.pool.find(names[-1]) is not None:
+            return False
+        at = len(names) - 1
+        return any(
+            other.num_named_blocks <= at < len(other.known_block_hashes) and other.known_block_hashes[at] == names[at]
+            for other in (*self.running, *self.waiting_for_kv.values())
+        )
 
     def _grow(self, request: Request, num_tokens: int, output: SchedulerOutput) -> bool:
         """Blocks for num_tokens, preempting the least urgent if need be; False if the request itself had to go."""
@@ -336,6 +392,17 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
         self._back_to_waiting(request)
+
+    def _preempt_parked(self, output: SchedulerOutput) -> bool:
+        """Where nothing can be computed, for the parked hold what the others of their group wait for: one gives way."""
+        if all(request.is_parked for request in self.waiting):
+            return False
+        victim = next((request for request in reversed(self.running) if request.is_parked), None)
+        if victim is None:
+            return False
+        self._preempt(victim)
+        output.preempted.append(victim)
+        return True
 
     def _back_to_waiting(self, request: Request) -> None:
         self._free_blocks(request)

@@ -50,12 +50,12 @@ def texts(answers: Sequence[Completion]) -> list[str]:
 def test_answers_to_random_schemas_validate_unless_they_are_cut(demo: LLM) -> None:
     schemas = [random_schema(seed) for seed in range(int(os.environ.get("RELEVO_NUM_SCHEMAS", "150")))]
     params = [
-        SamplingParams(max_tokens=200, temperature=1.5, seed=seed, structured_outputs=StructuredOutputs(json=schema))
+        SamplingParams(max_tokens=250, temperature=1.5, seed=seed, structured_outputs=StructuredOutputs(json=schema))
         for seed, schema in enumerate(schemas)
     ]
     answers = demo.generate([PROMPT] * len(schemas), params, progress=False)
     whole = [pair for pair in zip(schemas, answers, strict=True) if pair[1].finish_reason is FinishReason.STOP]
-    assert len(whole) > 0.6 * len(schemas)
+    assert len(whole) > 0.5 * len(schemas)
     for schema, answer in whole:
         jsonschema.Draft202012Validator(schema).validate(json.loads(answer.text))
 
