@@ -16,6 +16,9 @@ from relevo.core.block_pool import BlockPool
 from relevo.core.request import FinishReason, Request, RequestStatus
 
 
+MIN_PROMPT_BUDGET = 4  # tokens in a step: prompts go on, however slowly
+
+
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
     max_num_seqs: int  # requests that have blocks at the same time
@@ -239,7 +242,7 @@ class Scheduler:
             return most
         num_prompts = len(self.running) - num_decoding + len(self.waiting)
         num_tokens = int(self.prompt_tokens_per_step * max(1.0, num_prompts / num_decoding))
-        return min(most, max(self.config.block_size, num_tokens))  # prompts go on, however slowly
+        return min(most, max(MIN_PROMPT_BUDGET, num_tokens))
 
     def _schedule_running(self, output: SchedulerOutput, budget: int, prompt_budget: int) -> tuple[int, int]:
         def later(request: Request) -> tuple[bool, bool]:

@@ -48,6 +48,8 @@ from relevo.tokenizer import TOKENIZER_FILE, Tokenizer
 logger = logging.getLogger(__name__)
 
 COMPILING_SECONDS = 0.01  # how long a step with nothing else to do waits for grammars
+MIN_PROMPT_TOKENS = 4  # in a step that tells what they cost
+STRETCH_MARGIN = 0.8  # of what a step may be stretched by: the slowest steps count, not the usual ones
 RATE_WEIGHT = 0.1  # of the newest measurement in the means that EngineLoad reports
 
 
@@ -110,6 +112,7 @@ class Engine:
         self._prefill_tokens_per_second = 0.0
         self._step_times = StepTimes()
         self._step_stretch = config.step_stretch
+        self._prompt_token_seconds = 0.0  # what one more token of a prompt adds to a step in which others decode
         self._warm_up()
 
     def make_request(
@@ -341,9 +344,22 @@ class Engine:
             self._prefill_tokens_per_second = _mean(self._prefill_tokens_per_second, rate)
         elif output.num_scheduled_tokens == len(output.scheduled):
             self._step_times.add(len(output.scheduled), seconds)
-        plain_tokens = self._step_times.step_seconds * self._prefill_tokens_per_second
-        if plain_tokens and self._step_stretch < math.inf:
-            self.scheduler.prompt_tokens_per_step = (self._step_stretch - 1.0) * plain_tokens
+        self._measure_stretch(output, seconds)
+
+    def _measure_stretch(self, output: SchedulerOutput, seconds: float) -> None:
+        """Tell the scheduler how many tokens of prompts stretch a step by as much as it may be stretched."""
+        plain_seconds = self._step_times.step_seconds
+        num_decoding = sum(entry.num_scheduled_tokens == 1 for entry in output.scheduled)
+        num_prompt_tokens = output.num_scheduled_tokens - num_decoding
+        if not plain_seconds or not self._prefill_tokens_per_second or self._step_stretch == math.inf:
+            return
+        if num_decoding and num_prompt_tokens >= MIN_PROMPT_TOKENS:
+            # A step that was quick by chance must not let in a prompt as a whole.
+            token_seconds = max(seconds - plain_seconds, 0.1 * plain_seconds) / num_prompt_tokens
+            self._prompt_token_seconds = _mean(self._prompt_token_seconds, token_seconds)
+        token_seconds = max(self._prompt_token_seconds, 1.0 / self._prefill_tokens_per_second)
+        stretch_seconds = STRETCH_MARGIN * (self._step_stretch - 1.0) * plain_seconds
+        self.scheduler.prompt_tokens_per_step = stretch_seconds / token_seconds
 
     def _warm_up(self) -> None:
         """Compute a few tokens, so that the first request doesn't pay for what is set up lazily."""
