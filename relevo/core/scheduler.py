@@ -15,7 +15,6 @@ from relevo.core.block_hash import BlockHash
 from relevo.core.block_pool import BlockPool
 from relevo.core.request import FinishReason, Request, RequestStatus
 
-
 MIN_PROMPT_BUDGET = 4  # tokens in a step: prompts go on, however slowly
 
 
