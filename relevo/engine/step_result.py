@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from relevo.core.block_hash import BlockHash
+from relevo.core.errors import RelevoError
 from relevo.core.request import FinishReason
-from relevo.engine.sampler import TokenLogprobs
+from relevo.engine.beams import EndedBeams
+from relevo.engine.logprobs import TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +45,21 @@ class NewTokens:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Of the next tokens of the prompt; the first token of all has none."""
+
+    request_id: str
+    logprobs: list[TokenLogprobs]
+
+
+@dataclass(frozen=True, slots=True)
 class EndedRequest:
+    """error: why it ended before its end, by a fault of its own; finish_reason is CANCELLED then."""
+
     request_id: str
     finish_reason: FinishReason
     num_cached_tokens: int
+    error: RelevoError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +86,9 @@ class StepResult:
     reserved: list[Reserved] = field(default_factory=list)
     admitted: list[str] = field(default_factory=list)
     computed: list[Computed] = field(default_factory=list)
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     tokens: list[NewTokens] = field(default_factory=list)
+    beams: list[EndedBeams] = field(default_factory=list)
     ended: list[EndedRequest] = field(default_factory=list)
     stored: list[BlockHash] = field(default_factory=list)
     removed: list[BlockHash] = field(default_factory=list)

@@ -9,7 +9,7 @@ import time
 from relevo.core.block_hash import BlockHash
 from relevo.core.errors import InvalidRequest, RelevoError
 from relevo.core.request import FinishReason
-from relevo.engine.step_result import Chunk, Computed, EndedRequest, NewTokens, Reserved
+from relevo.engine.step_result import Chunk, Computed, EndedRequest, NewTokens, PromptLogprobs, Reserved
 from services.common.telemetry import enter_trace, trace_id_of
 from services.kvtransfer.client import KvAgentClient
 from services.pb.messages_pb2 import Ended
@@ -116,10 +116,11 @@ class PrefillRequest:
                 self._changed.set()
             case EndedRequest():
                 self._ended = event
+                self._error = self._error or event.error
                 self._changed.set()
                 if self._is_aborted:
                     self._end()
-            case Admitted():
+            case Admitted() | PromptLogprobs():
                 pass
 
     async def _run(self) -> None:

@@ -29,6 +29,7 @@ from services.router.http.app import EdgeConfig, create_app
 from services.router.http.connection import ConnectionLimits
 from services.router.http.keys import KeyRing, plain_keys, read_keys_file
 from services.router.http.limits import Limiter
+from services.router.http.live import LiveView
 from services.router.http.server import HttpOptions, bind, load_tls, start_http
 from services.router.servicer import registration
 from services.router.tracing import Tracer, tracing_config
@@ -73,6 +74,7 @@ async def serve(settings: RouterSettings, process: Process) -> None:
         ),
     )
     dispatcher = FleetDispatcher(fleet, defaults.eos_token_ids, registry=registry)
+    live = LiveView(lag)
     app = create_app(
         edge,
         tokenizer,
@@ -80,8 +82,10 @@ async def serve(settings: RouterSettings, process: Process) -> None:
         dispatcher,
         registry=registry,
         limiter=_open_limiter(settings, keys, process),
+        live=live,
         tracer=_open_tracer(settings, process, registry),
     )
+    process.spawn(live.run(process.stopping), "live view")
 
     process.spawn(fleet.run(), "fleet")
     await server.start()

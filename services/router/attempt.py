@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from relevo.core.errors import RelevoError, Unavailable
@@ -67,6 +67,7 @@ class DirectAttempt:
         self._call: WorkerCall | None = None
         self._times: WorkerTimes | None = None
         self._num_cached_tokens = 0
+        self._prompt_logprobs: list[messages_pb2.TokenLogprobs] = []  # until the first token
 
     def start(self) -> None:
         command = decode_pb2.DecodeCommand(submit=decode_pb2.SubmitDecode(request=self._job.request))
@@ -88,6 +89,12 @@ class DirectAttempt:
             self._num_cached_tokens = update.accepted.num_cached_blocks * self._decode.info.block_size
         elif update.HasField("ended"):  # with what it took from an agent
             self._num_cached_tokens = max(self._num_cached_tokens, update.ended.num_cached_tokens)
+        elif update.HasField("prompt_logprobs"):
+            self._prompt_logprobs += update.prompt_logprobs.logprobs
+        elif update.HasField("tokens") and self._prompt_logprobs:
+            event = tokens_event(update.tokens, self._num_cached_tokens)
+            logprobs, self._prompt_logprobs = self._prompt_logprobs, []
+            return (replace(event, prompt_logprobs=logprobs),)
         return decode_events(update, self._num_cached_tokens)
 
     def cancel(self) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from relevo.core.worker_load import PromptWork
 from services.pb import messages_pb2
 from services.router.attempt import Attempt, DirectAttempt, Event, Job
 from services.router.fleet import Fleet
+from services.router.fleet_state import describe_fleet
 from services.router.generation import EndEvent, ServedModel, TokensEvent
 from services.router.inbox import Inbox
 from services.router.planner import Planner
@@ -73,6 +74,12 @@ class FleetDispatcher:
 
     def explain(self, request_id: str) -> Sequence[Mapping[str, Any]]:
         return [record.explain() | record.timeline.explain() for record in self._planner.log.find(request_id)]
+
+    def records(self) -> Collection[RouteRecord]:
+        return self._planner.log.records
+
+    async def describe_fleet(self) -> Mapping[str, Any]:
+        return await describe_fleet(self._fleet)
 
 
 class RoutedGeneration:
@@ -190,7 +197,9 @@ class RoutedGeneration:
         patience = self._loop.time() + MIGRATION_SECONDS
         while True:
             news = self._fleet.news
-            placement = await self._planner.place(self._prompt, num_tokens, self._refusals, self._loop.time())
+            placement = await self._planner.place(
+                self._prompt, num_tokens, self._refusals, self._loop.time(), whole=self._is_computed_whole
+            )
             if self._is_over:  # the client left, or the time did, while the prompt was hashed
                 await self._inbox.take()
             if placement is not None:
@@ -198,6 +207,10 @@ class RoutedGeneration:
             if not self._output or self._loop.time() >= patience:
                 raise self._nobody_left()
             await _first_of(news, self._over, timeout_seconds=patience - self._loop.time())
+
+    @property
+    def _is_computed_whole(self) -> bool:
+        return self._request.sampling.HasField("prompt_logprobs")
 
     def _check(self) -> None:
         """The edge has looked already; what comes here wrong all the same must not reach a worker."""
@@ -261,17 +274,22 @@ class RoutedGeneration:
             if not self._is_migrated:
                 self._note_cached(event.num_cached_tokens)
             self._events.append(event)
+            self.record.note_end(event.finish_reason.value)
             self._finish(None)
             return
         if not self._output:
             self._note_first_token()
         self._output += event.token_ids
+        self.record.note_tokens(len(self._output))
         self.record.timeline.count(len(event.token_ids))
         self._num_cached_tokens = event.num_cached_tokens
         last = self._events[-1] if self._events else None
         if isinstance(last, TokensEvent):  # the reader is behind: several steps become one event
             event = TokensEvent(
-                [*last.token_ids, *event.token_ids], [*last.logprobs, *event.logprobs], event.num_cached_tokens
+                [*last.token_ids, *event.token_ids],
+                [*last.logprobs, *event.logprobs],
+                event.num_cached_tokens,
+                last.prompt_logprobs,
             )
             self._events.pop()
         self._events.append(event)
@@ -308,6 +326,7 @@ class RoutedGeneration:
             self.record.timeline.error = type(failure).__name__
         self._over.set()
         self._failure = failure
+        self.record.note_end(failure.message if failure is not None else "closed")
         if self._timer is not None:
             self._timer.cancel()
         if self._attempt is not None:
@@ -341,4 +360,5 @@ def _continued(request: messages_pb2.GenerationRequest, token_ids: Sequence[int]
     continued.CopyFrom(request)
     continued.prompt_token_ids.extend(token_ids)
     continued.num_output_tokens += len(token_ids)
+    continued.sampling.ClearField("prompt_logprobs")  # they came before the first token
     return continued

@@ -9,10 +9,11 @@ from relevo.core.errors import RelevoError
 from relevo.core.request import FinishReason
 from relevo.core.sampling_params import SamplingParams
 from services.common.errors import error_to_proto
+from services.common.structured_outputs import structured_outputs_from_proto
 from services.pb import messages_pb2 as pb
 
 if TYPE_CHECKING:
-    from relevo.engine.sampler import TokenLogprobs
+    from relevo.engine.logprobs import TokenLogprobs
     from relevo.engine.step_result import EngineLoad, NewTokens
 
 _FINISH_REASONS = {
@@ -43,11 +44,16 @@ def sampling_from_pb(message: pb.SamplingParams, *, max_tokens: int | None = Non
         logprobs=message.logprobs if message.HasField("logprobs") else None,
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
+        allowed_token_ids=tuple(message.allowed_token_ids) or None,
+        bad_words_token_ids=tuple(tuple(word.token_ids) for word in message.bad_words),
+        logprob_token_ids=tuple(message.logprob_token_ids),
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+        structured_outputs=structured_outputs_from_proto(message),
     )
 
 
 def tokens_to_pb(tokens: NewTokens, stages: pb.Stages | None = None) -> pb.Tokens:
-    return pb.Tokens(token_ids=tokens.token_ids, logprobs=_logprobs_to_pb(tokens.logprobs), stages=stages)
+    return pb.Tokens(token_ids=tokens.token_ids, logprobs=logprobs_to_pb(tokens.logprobs), stages=stages)
 
 
 def finished(reason: FinishReason, num_cached_tokens: int, stages: pb.Stages | None = None) -> pb.Ended:
@@ -77,7 +83,7 @@ def load_to_pb(load: EngineLoad, transfer_bytes_per_second: float) -> pb.Load:
     )
 
 
-def _logprobs_to_pb(logprobs: Sequence[TokenLogprobs]) -> list[pb.TokenLogprobs]:
+def logprobs_to_pb(logprobs: Sequence[TokenLogprobs]) -> list[pb.TokenLogprobs]:
     return [
         pb.TokenLogprobs(
             chosen=pb.Logprob(token_id=entry.chosen.token_id, logprob=entry.chosen.logprob, rank=entry.chosen.rank),

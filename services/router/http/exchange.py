@@ -34,8 +34,9 @@ MAX_REQUEST_ID_CHARS = 128
 MAX_TIMEOUT_MS = 2**31 - 1
 MAX_WAITED_SECONDS = 60.0  # what says to have waited longer before it came was sent by another clock
 _REQUEST_START = re.compile(rb"(?:t=)?(\d{1,12}(?:\.\d{1,9})?)")
+OPEN_PATHS = frozenset({"/health", "/ui"})  # the page itself has no data: it asks for the key, and comes with it
+_OPEN_FOLDER = "/ui/"
 TIMINGS_HEADER = b"x-relevo-timings"
-OPEN_PATHS = frozenset({"/health"})
 
 _SCOPE_KEY = "relevo.exchange"
 
@@ -139,7 +140,7 @@ class ExchangeLayer:
 
         permit: Permit | None = None
         try:
-            if self._keys is not None and scope["path"] not in OPEN_PATHS:
+            if self._keys is not None and not _is_open(scope["path"]):
                 permit = await self._let_in(self._keys, exchange, scope)
             exchange.timeout_ms = _timeout_ms(scope)
             exchange.explains = _header(scope, b"x-relevo-explain") == b"1"
@@ -197,6 +198,10 @@ class ExchangeLayer:
         if client.is_limited and scope["method"] == "POST":  # looking costs nothing
             return await self._limiter.acquire(client)
         return None
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(_OPEN_FOLDER)
 
 
 def _log(exchange: Exchange, endpoint: str) -> None:

@@ -13,14 +13,17 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 from relevo.core.errors import InvalidRequest
-from relevo.core.sampling_params import MAX_LOGPROBS
+from relevo.core.sampling_params import MAX_LOGPROB_TOKEN_IDS, MAX_LOGPROBS
 from services.router.http.errors import UnknownParameter, UnsupportedParameter
 from services.router.http.messages import Messages
+from services.router.http.structure import ResponseFormat, StructuredOutputsBody
 from services.router.http.unsupported import ANY, CHAT, COMPLETION, Harmless
 
 MAX_N = 128
 MAX_STOP_STRINGS = 64
 MAX_PRIORITY = 2**31 - 1
+MAX_ALLOWED_IDS = 65_536
+MAX_BAD_WORDS = 256
 MAX_LISTED_IDS = 1024  # in logit_bias and stop_token_ids: gRPC messages stay under 1 MiB
 
 Prompt = str | list[int]
@@ -115,6 +118,35 @@ class SamplingBody(RequestBody):
     stop_token_ids: list[int] = Field([], max_length=MAX_LISTED_IDS, description="These end the answer.")
     ignore_eos: bool = False
     skip_special_tokens: bool = Field(True, description="Leave special tokens out of the text.")
+    include_stop_str_in_output: bool = Field(False, description="The text ends with what ended it.")
+    allowed_token_ids: list[int] | None = Field(
+        None, min_length=1, max_length=MAX_ALLOWED_IDS, description="No other tokens are chosen."
+    )
+    bad_words: list[str] = Field(
+        [], max_length=MAX_BAD_WORDS, description="Not in the output, with or without a space before them."
+    )
+    logprob_token_ids: list[int] = Field(
+        [],
+        max_length=MAX_LOGPROB_TOKEN_IDS,
+        description=f"With logprobs: these tokens', not the likeliest ones'; at most {MAX_LOGPROB_TOKEN_IDS}.",
+    )
+    prompt_logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description=f"As logprobs, of the prompt; 0 to {MAX_LOGPROBS}.",
+    )
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, description="Only so many of the prompt's last tokens; -1 = as many as fit beside max_tokens."
+    )
+    return_token_ids: bool = Field(False, description="prompt_token_ids and token_ids in the answer.")
+    return_tokens_as_token_ids: bool = Field(False, description='Tokens in logprobs are written "token_id:7".')
+    response_format: ResponseFormat | None = Field(
+        None, description="What the answer is: `text`, `json_object`, or `json_schema`, which it then always fits."
+    )
+    structured_outputs: StructuredOutputsBody | None = Field(
+        None, description="What the answer fits: one of `json`, `json_object`, `regex`, `choice`, `grammar`."
+    )
     n: int = Field(1, ge=1, le=MAX_N, description="Choices for each prompt.")
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -145,16 +177,13 @@ class CompletionRequest(SamplingBody):
         PlainValidator(parse_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
     ]
     add_special_tokens: bool = Field(True, description="Whether the tokenizer adds BOS and the like.")
-    echo: bool = Field(False, description="The text begins with the prompt.")
+    echo: bool = Field(False, description="The text begins with the prompt, the logprobs with the prompt's.")
     logprobs: int | None = Field(None, description=f"For each token, the likeliest so many; 0 to {MAX_LOGPROBS}.")
 
-    @model_validator(mode="after")
-    def _no_prompt_logprobs(self) -> Self:
-        if self.echo and self.logprobs is not None:
-            raise UnsupportedParameter(
-                "echo together with logprobs (the prompt's logprobs) is not supported yet", "echo"
-            )
-        return self
+    @property
+    def asks_for_prompt_alone(self) -> bool:
+        """echo with max_tokens 0: nothing is to be generated."""
+        return self.echo and self.max_tokens == 0
 
 
 class ChatRequest(SamplingBody):
