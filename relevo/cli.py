@@ -23,8 +23,10 @@ from relevo.kv import app as kv_app
 from relevo.model_files import resolve_model
 from relevo.stack import Stack, StackConfig
 from relevo.terminal.commands import chat, top
+from relevo.trace import trace
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.command()(trace)
 app.add_typer(bench_app, name="bench")
 app.add_typer(kv_app, name="kv")
 app.add_typer(chaos_app, name="chaos")

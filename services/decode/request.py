@@ -151,6 +151,7 @@ class DecodeRequest:
         num_cached_tokens = min(
             self._request.num_prompt_tokens, max(ended.num_cached_tokens, self._num_taken_in_tokens)
         )
+        self._worker.count_prompt(self._request.num_prompt_tokens, num_cached_tokens)
         self._error = self._error or ended.error
         stages = self._stages.ended(self._num_tokens)
         if self._error is None:

@@ -225,6 +225,7 @@ class PrefillRequest:
 
     def _last_word(self) -> Ended:
         num_cached_tokens = max(self._ended.num_cached_tokens if self._ended else 0, self._num_present_tokens)
+        self._worker.count_prompt(self._num_tokens, num_cached_tokens)
         self._stages.add("prefill", self._stages.received_at, time.monotonic())
         stages = self._stages.take()
         if self._error is not None:

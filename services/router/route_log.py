@@ -118,7 +118,7 @@ class Predictions:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         def histogram(name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"relevo_route_{name}", what, buckets=buckets, registry=registry)
+            return Histogram(f"relevo_router_{name}", what, buckets=buckets, registry=registry)
 
         self._predicted_ttft = histogram(
             "predicted_ttft_seconds", "From placement to the first token, as predicted.", _TTFT_BUCKETS

@@ -209,7 +209,9 @@ class Serving:
 
 def _timeline(exchange: Exchange, model: str, request: messages_pb2.GenerationRequest) -> Timeline:
     """Of a choice whose prompt has just been tokenized."""
-    timeline = Timeline(exchange.arrived)
+    timeline = Timeline(exchange.arrived - exchange.waited_seconds)
+    if exchange.waited_seconds:
+        timeline.mark("arrive", timeline.arrived, exchange.arrived)
     if exchange.received is not None:
         timeline.mark("receive", exchange.arrived, exchange.received)
         timeline.mark("tokenize", exchange.received, tokens=len(request.prompt_token_ids))
