@@ -6,12 +6,13 @@ import asyncio
 import logging
 
 from relevo.core.errors import InvalidRequest, Mismatch, RelevoError
+from relevo.engine.beams import EndedBeams
 from relevo.engine.step_result import Computed, EndedRequest, NewTokens, PromptLogprobs, Reserved
 from services.decode.intake import Intake
 from services.pb.decode_pb2 import Accepted, DecodeCommand, DecodeUpdate, SubmitDecode
 from services.pb.decode_pb2 import PromptLogprobs as PromptLogprobsMessage
 from services.worker.deadline import Deadline
-from services.worker.messages import failed, finished, logprobs_to_pb, sampling_from_pb, tokens_to_pb
+from services.worker.messages import beam_parts, failed, finished, logprobs_to_pb, sampling_from_pb, tokens_to_pb
 from services.worker.ports import Admitted, Event
 from services.worker.receiving import BlockReceiver
 from services.worker.session import Reply
@@ -39,8 +40,8 @@ class DecodeRequest:
         is_split = submit.HasField("ticket")
         # Logits come of computing, not of KV.
         computes_all = message.sampling.HasField("prompt_logprobs")
-        if is_split and computes_all:
-            raise InvalidRequest("a request that is split has no prompt_logprobs", "prompt_logprobs")
+        if is_split and (computes_all or message.sampling.num_beams):
+            raise InvalidRequest("a request that is split has no prompt_logprobs and no beams", "prompt_logprobs")
         takes_in = is_split or (submit.HasField("fetch") and receiver is not None and not computes_all)
         if is_split and receiver is None:
             raise Mismatch("this decode worker has no KV agent (--kv-agent): it takes no split requests")
@@ -96,6 +97,10 @@ class DecodeRequest:
             case PromptLogprobs():
                 logprobs = PromptLogprobsMessage(logprobs=logprobs_to_pb(event.logprobs))
                 self._reply.send(DecodeUpdate(handle=self._reply.handle, prompt_logprobs=logprobs))
+            case EndedBeams():
+                for index, beam in enumerate(event.beams):
+                    for part in beam_parts(index, beam):
+                        self._reply.send(DecodeUpdate(handle=self._reply.handle, beam=part))
             case NewTokens():
                 self._reply.send(DecodeUpdate(handle=self._reply.handle, tokens=tokens_to_pb(event)))
             case Admitted() if self._intake is None:

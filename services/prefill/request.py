@@ -8,6 +8,7 @@ import logging
 from relevo.core.block_hash import BlockHash
 from relevo.core.errors import InvalidRequest, RelevoError
 from relevo.core.request import FinishReason
+from relevo.engine.beams import EndedBeams
 from relevo.engine.step_result import Computed, EndedRequest, NewTokens, PromptLogprobs, Reserved
 from services.kvtransfer.client import KvAgentClient
 from services.pb.messages_pb2 import Ended
@@ -40,6 +41,8 @@ class PrefillRequest:
         reply: Reply[PrefillUpdate],
     ) -> None:
         message = submit.request
+        if message.sampling.num_beams or message.sampling.HasField("prompt_logprobs"):
+            raise InvalidRequest("beam searches and prompts' logprobs are decode's alone", "use_beam_search")
         self._worker = worker
         self._ports = HandoverPorts(
             agent, worker.engine.kv_cache, worker.copier, worker.transfers, worker.settings.lease_seconds
@@ -107,7 +110,7 @@ class PrefillRequest:
                 self._changed.set()
                 if self._is_aborted:
                     self._end()
-            case Admitted() | PromptLogprobs():
+            case Admitted() | PromptLogprobs() | EndedBeams():
                 pass
 
     async def _run(self) -> None:

@@ -162,7 +162,14 @@ class Worker:
         for request_id in result.admitted:
             self._tell(Admitted(request_id))
         # In the order of a request's life: its last step computes, samples and ends.
-        for events in (result.reserved, result.computed, result.prompt_logprobs, result.tokens, result.ended):
+        for events in (
+            result.reserved,
+            result.computed,
+            result.prompt_logprobs,
+            result.tokens,
+            result.beams,
+            result.ended,
+        ):
             for event in events:
                 self._tell(event)
 
