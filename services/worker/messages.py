@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from relevo.core.beam_search import EarlyStopping
 from relevo.core.errors import RelevoError
 from relevo.core.request import FinishReason
-from relevo.core.sampling_params import SamplingParams
+from relevo.core.sampling_params import LogitsProcessorCall, SamplingParams
 from services.common.errors import error_to_proto
 from services.pb import messages_pb2 as pb
 from services.pb.decode_pb2 import Beam as BeamPart
@@ -70,6 +70,7 @@ def sampling_from_pb(message: pb.SamplingParams, *, max_tokens: int | None = Non
         n=message.num_answers or 1,
         best_of=message.num_beams or None,
         length_penalty=message.length_penalty,
+        logits_processors=tuple(LogitsProcessorCall(each.name, each.arguments) for each in message.logits_processors),
         early_stopping=_EARLY_STOPPING.get(message.early_stopping, False),
     )
 

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from relevo import LLM
+from relevo.core.errors import InvalidRequest
 from relevo.core.request import FinishReason
-from relevo.core.sampling_params import choice_seed
-from tests.e2e.test_parity import flat, make_sampling, one_thread, running_stack, tokens
+from relevo.core.sampling_params import LogitsProcessorCall, choice_seed
+from tests.e2e.test_parity import check_split_equals_aggregated, flat, make_sampling, one_thread, running_stack, tokens
 from tests.support.agents import running_agent, until
 from tests.support.parity import BLOCK_SIZE, prompts
+from tests.support.processors import install
 from tests.support.real_router import Answer, router_over
 from tests.support.real_workers import real_worker
 from tests.support.tiny_models import EOS, TinyModels
@@ -119,3 +121,24 @@ async def test_beams_go_on_from_the_prompt_if_their_worker_is_lost(tiny_models: 
         await stopping
         assert beams_of(answer) == [(list(b.token_ids), b.score, b.finish_reason) for b in expected.beams]
         assert answer.num_tries == 2
+
+
+async def test_processors_mean_the_same_when_split_and_unknown_ones_are_refused(
+    tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, monkeypatch)
+    call = LogitsProcessorCall("favour", '{"kwargs": {"step": 5, "bonus": 3}}')
+    async with running_stack(tiny_models.path("llama"), tmp_path, attention_backend="cpu") as stack:
+        answers = await check_split_equals_aggregated(stack, make_sampling(logits_processors=(call,)))
+        assert tokens(answers) != tokens(await stack.aggregated.generate_all(prompts(), make_sampling()))
+        for router in (stack.split, stack.aggregated):
+            for name, arguments, message in (("nobody", "", "no logits"), ("fail_after", '{"args": [2]}', "as told")):
+                refused = make_sampling(logits_processors=(LogitsProcessorCall(name, arguments),), ignore_eos=True)
+                other = asyncio.create_task(router.generate(prompts()[1], make_sampling()))
+                with pytest.raises(InvalidRequest, match=message) as error:
+                    await router.generate(prompts()[3], refused, salt=name)
+                assert error.value.param == "logits_processors"
+                await other
+            first = make_sampling(logits_processors=(LogitsProcessorCall("fail_after", '{"args": [0]}'),))
+            with pytest.raises(InvalidRequest, match="as told"):  # where split, prefill is the first to find out
+                await router.generate(prompts()[3], first, salt="first")

@@ -13,8 +13,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 from relevo.core.errors import InvalidRequest
-from relevo.core.sampling_params import MAX_LOGPROB_TOKEN_IDS, MAX_LOGPROBS
+from relevo.core.sampling_params import MAX_LOGPROB_TOKEN_IDS, MAX_LOGPROBS, LogitsProcessorCall
 from services.router.http.errors import UnknownParameter, UnsupportedParameter
+from services.router.http.logits_processors import LogitsProcessorBody, parse_logits_processors
 from services.router.http.messages import Messages
 from services.router.http.unsupported import ANY, CHAT, COMPLETION, Harmless
 
@@ -140,6 +141,10 @@ class SamplingBody(RequestBody):
     )
     return_token_ids: bool = Field(False, description="prompt_token_ids and token_ids in the answer.")
     return_tokens_as_token_ids: bool = Field(False, description='Tokens in logprobs are written "token_id:7".')
+    logits_processors: Annotated[
+        list[LogitsProcessorCall],
+        PlainValidator(parse_logits_processors, json_schema_input_type=list[str | LogitsProcessorBody]),
+    ] = Field([], description="Custom ones that workers have installed, by name.")
     n: int = Field(1, ge=1, le=MAX_N, description="Choices for each prompt.")
     best_of: int | None = Field(None, ge=1, le=MAX_N, description="So many are made, the n likeliest kept.")
     use_beam_search: bool = Field(False, description="The n best of best_of beams; nothing is drawn.")

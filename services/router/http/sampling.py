@@ -96,6 +96,7 @@ def make_sampling(
         use_beam_search=body.use_beam_search,
         length_penalty=body.length_penalty,
         early_stopping=body.early_stopping,
+        logits_processors=tuple(body.logits_processors),
         truncate_prompt_tokens=body.truncate_prompt_tokens,
     )
 
@@ -150,6 +151,10 @@ def sampling_to_proto(
         num_answers=sampling.n if sampling.use_beam_search else 0,
         length_penalty=sampling.length_penalty,
         early_stopping=_EARLY_STOPPING[sampling.early_stopping],
+        logits_processors=[
+            messages_pb2.LogitsProcessor(name=each.name, arguments=each.arguments)
+            for each in sampling.logits_processors
+        ],
     )
 
 

@@ -23,7 +23,6 @@ _BOTH: Mapping[str, Harmless] = {
     "service_tier": ("auto", "default"),
     "store": (False,),
     # vLLM's
-    "logits_processors": ([],),
     "request_id": (),  # the header x-request-id
     "spaces_between_special_tokens": (True,),
     "structured_outputs": (),

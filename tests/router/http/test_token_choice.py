@@ -312,3 +312,14 @@ async def test_fewer_beams_than_choices_is_a_400(edge: Edge) -> None:
     body = {**BODIES["/v1/completions"], "use_beam_search": True, "n": 4}
     reply = await edge.http.post("/v1/completions", json=body)
     assert reply.status_code == 400 and reply.json()["error"]["param"] == "n"
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_logits_processors_go_to_workers_by_name_and_with_arguments(edge: Edge, path: str) -> None:
+    await ask(edge, path, logits_processors=["plain", {"qualname": "other", "args": [1], "kwargs": {"a": [2.5, "b"]}}])
+    plain, other = edge.dispatcher.requests[0].sampling.logits_processors
+    assert (plain.name, plain.arguments, other.name) == ("plain", "", "other")
+    assert json.loads(other.arguments) == {"args": [1], "kwargs": {"a": [2.5, "b"]}}
+    for wrong in ("name", [1], [""], [{"name": "x"}], [{"qualname": "x", "args": {}}], [{"qualname": "x", "b": 1}]):
+        refused = await edge.http.post(path, json={**BODIES[path], "logits_processors": wrong})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "logits_processors", wrong
