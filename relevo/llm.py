@@ -157,6 +157,8 @@ class LLM:
             open_answers[beams.request.request_id].beams = beams.beams
         for ended in result.ended:
             answer = open_answers.pop(ended.request_id, None)
+            if answer is not None and ended.error is not None:
+                raise ended.error
             if answer is not None:
                 if ended.error is not None:
                     raise ended.error

@@ -11,6 +11,7 @@ from typing import Any
 
 from relevo.core.beam_search import EarlyStopping
 from relevo.core.errors import InvalidRequest
+from relevo.core.structured_outputs import StructuredOutputs
 
 MAX_LOGPROBS = 20
 MAX_LOGPROB_TOKEN_IDS = 128
@@ -47,6 +48,7 @@ class SamplingParams:
     temperature: 0 is greedy; top_p 1, top_k 0, min_p 0 and penalties of 0 (repetition: 1) are off
     seed: None takes a random one where the request enters the system; after that it is always set
     logprobs: None for none, 0 for the chosen token's, k for the k likeliest as well
+    structured_outputs: what the text must fit. It ends where the grammar does, min_tokens or not; EOS cannot be ignored
     stop: strings; whoever detokenizes looks for them (router, LLM), the engine never sees them
     include_stop_str_in_output: the text ends with the stop string, or stop token, that ended it
     allowed_token_ids: None = all; else nothing but these is chosen
@@ -93,6 +95,7 @@ class SamplingParams:
     length_penalty: float = 1.0
     early_stopping: EarlyStopping = False
     logits_processors: tuple[LogitsProcessorCall, ...] = ()
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -115,6 +118,10 @@ class SamplingParams:
             _check_float("logit_bias", bias, -100.0, 100.0)
         for token_id in self.stop_token_ids:
             _check_int("stop_token_ids", token_id, 0, None)
+        if self.structured_outputs is not None and self.ignore_eos:
+            raise InvalidRequest(
+                "ignore_eos contradicts structured_outputs: such an answer ends with its grammar", "ignore_eos"
+            )
         if any(not isinstance(stop, str) or stop == "" for stop in self.stop):
             raise InvalidRequest("stop must hold non-empty strings", "stop")
         self._check_answers()
@@ -134,7 +141,11 @@ class SamplingParams:
         _check_int("n", self.n, 1, MAX_CHOICES)
         if self.best_of is not None:
             _check_int("best_of", self.best_of, self.n, MAX_CHOICES)
+        if self.use_beam_search and self.structured_outputs is not None:
+            raise InvalidRequest("beams do not follow structured_outputs yet: leave out one of the two", "use_beam_search")
         _check_float("length_penalty", self.length_penalty, -10.0, 10.0)
+        if self.use_beam_search and self.structured_outputs is not None:
+            raise InvalidRequest("use_beam_search does not go with structured_outputs", "use_beam_search")
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise InvalidRequest(
                 f'early_stopping must be true, false or "never", not {self.early_stopping!r}', "early_stopping"

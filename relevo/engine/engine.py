@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -26,6 +27,7 @@ from relevo.engine.model_runner import ModelRunner, RunResult
 from relevo.engine.prompt_logprobs import max_rows
 from relevo.engine.sampler import SampledToken, Sampler
 from relevo.engine.step_result import (
+    Chunk,
     Computed,
     EndedRequest,
     EngineLoad,
@@ -36,13 +38,17 @@ from relevo.engine.step_result import (
 )
 from relevo.engine.threads import set_num_threads
 from relevo.engine.turns import Turns
+from relevo.grammar.compiler import GrammarCompiler
+from relevo.grammar.matcher import start_matching
 from relevo.kernels import load_backend
 from relevo.model_files import generation_defaults, resolve_model
 from relevo.models.layout import KVLayout
 from relevo.models.loader import load_model
+from relevo.tokenizer import TOKENIZER_FILE, Tokenizer
 
 logger = logging.getLogger(__name__)
 
+COMPILING_SECONDS = 0.01  # how long a step with nothing else to do waits for grammars
 RATE_WEIGHT = 0.1  # of the newest measurement in the means that EngineLoad reports
 
 
@@ -93,6 +99,12 @@ class Engine:
         sampler = Sampler(model.vocab_size, device, kernels)
         self._runner = ModelRunner(model, self.kv_cache, kernels, sampler, eos_token_ids)
         self._turns = Turns(config.turn_file) if config.turn_file and device.type == "cpu" else nullcontext()
+        self._grammars = GrammarCompiler(
+            lambda: Tokenizer.from_files(files), eos_token_ids, vocab_size=model.vocab_size, compile_seconds=math.inf
+        )
+        if (files.path / TOKENIZER_FILE).is_file():  # another form would have to be converted
+            self._grammars.prepare()
+        self._compiling: dict[str, Request] = {}  # submitted, and not with the scheduler yet
         self._cancelled: list[EndedRequest] = []
         self._beams = BeamGroups(self.scheduler)
         self.num_copied_blocks = 0  # for beams that part
@@ -116,6 +128,7 @@ class Engine:
         sampling.seed must be set; sampling.max_tokens None becomes what is left of the context.
         num_output_tokens: how many of prompt_token_ids, the last ones, are output already: of a request that comes from
         another engine
+        A grammar is compiled from now on, in another thread; what is wrong with it ends the request.
         """
         num_prompt_tokens = len(prompt_token_ids) - num_output_tokens
         max_model_len = self.info.max_model_len
@@ -150,9 +163,17 @@ class Engine:
             block_size=self.info.block_size,
             await_kv=await_kv,
             hold_blocks=hold_blocks,
+            grammar=(
+                start_matching(self._grammars, sampling.structured_outputs, stop_token_ids)
+                if sampling.structured_outputs is not None
+                else None
+            ),
         )
 
     def submit(self, request: Request) -> None:
+        if request.grammar is not None:
+            self._compiling[request.request_id] = request
+            return
         self.scheduler.add(request)
         if request.sampling.use_beam_search:
             self._beams.add(request)
@@ -163,7 +184,9 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """End a request and free its blocks; the next step tells, if it had not ended before."""
-        request = self._beams.drop(request_id) or self.scheduler.abort(request_id)
+        request = (
+            self._compiling.pop(request_id, None) or self._beams.drop(request_id) or self.scheduler.abort(request_id)
+        )
         if request is not None:
             self._end(request, None)
 
@@ -179,9 +202,17 @@ class Engine:
 
     @property
     def has_unfinished_requests(self) -> bool:
-        return bool(self.scheduler.waiting or self.scheduler.running or self.scheduler.waiting_for_kv)
+        scheduler = self.scheduler
+        return bool(scheduler.waiting or scheduler.running or scheduler.waiting_for_kv or self._compiling)
+
+    @property
+    def is_compiling(self) -> bool:
+        """Requests wait for their grammars: a step that schedules nothing now may schedule something later."""
+        return bool(self._compiling)
 
     def step(self) -> StepResult:
+        self._take_compiled()
+        began_at = time.monotonic()
         output = self.scheduler.schedule()
         started = time.perf_counter()
         sampled: dict[str, SampledToken] = {}
@@ -200,13 +231,14 @@ class Engine:
                 sampled[name] = token
         # Waiting for a turn counts: so long does a step take here.
         self._measure(output, time.perf_counter() - started)
+        chunks = chunks_of(output)
         ended = self.scheduler.update(output, {name: token.token_id for name, token in sampled.items()})
         for name, error in failed.items():
             request = self._beams.drop(name) or self.scheduler.fail(name)
             if request is not None:  # else another hypothesis of the same search has failed before
                 self._end(request, error)
         beams = self._advance_beams(candidates)
-        return self._result(output, run, sampled, ended, beams)
+        return self._result(output, run, sampled, ended, beams, chunks, began_at)
 
     def _advance_beams(self, candidates: dict[str, BeamCandidates]) -> list[EndedBeams]:
         if not candidates:
@@ -225,12 +257,27 @@ class Engine:
         ended = EndedRequest(request.request_id, FinishReason.CANCELLED, request.num_cached_tokens, error)
         self._cancelled.append(ended)
 
+    def _take_compiled(self) -> None:
+        """Give requests whose grammars are there to the scheduler; those whose grammars are wrong end."""
+        for request_id, request in list(self._compiling.items()):
+            grammar = request.grammar
+            assert grammar is not None
+            if not (grammar.is_ready or self.scheduler.running or self.scheduler.waiting):
+                grammar.wait(COMPILING_SECONDS)
+            if grammar.is_ready:
+                del self._compiling[request_id]
+                if grammar.error is None:
+                    self.scheduler.add(request)
+                else:
+                    self._cancelled.append(EndedRequest(request_id, FinishReason.CANCELLED, 0, grammar.error))
+
     def load(self) -> EngineLoad:
         scheduler = self.scheduler
-        unfinished = [*scheduler.running, *scheduler.waiting, *scheduler.waiting_for_kv.values()]
+        waiting = [*scheduler.waiting, *self._compiling.values()]
+        unfinished = [*scheduler.running, *waiting, *scheduler.waiting_for_kv.values()]
         return EngineLoad(
             num_running=len(scheduler.running) + len(scheduler.waiting_for_kv),
-            num_waiting=len(scheduler.waiting),
+            num_waiting=len(waiting),
             num_waiting_tokens=sum(request.num_uncomputed_tokens for request in unfinished),
             num_free_blocks=scheduler.pool.num_free_blocks,
             prefill_tokens_per_second=self._prefill_tokens_per_second,
@@ -245,6 +292,8 @@ class Engine:
         sampled: dict[str, SampledToken],
         ended: list[Request],
         beams: list[EndedBeams],
+        chunks: list[Chunk],
+        began_at: float,
     ) -> StepResult:
         stored, removed = self.scheduler.pool.drain_events()
         cancelled, self._cancelled = self._cancelled, []
@@ -268,10 +317,18 @@ class Engine:
             beams=beams,
             ended=cancelled
             + [EndedRequest(b.request.request_id, b.beams[0].finish_reason, b.request.num_cached_tokens) for b in beams]
-            + [EndedRequest(r.request_id, r.finish_reason, r.num_cached_tokens) for r in ended if r.finish_reason],
+            + [
+                # A grammar that has failed has left nothing but the end of text.
+                EndedRequest(r.request_id, r.finish_reason, r.num_cached_tokens, r.grammar.error if r.grammar else None)
+                for r in ended
+                if r.finish_reason
+            ],
             stored=stored,
             removed=removed,
             num_scheduled_tokens=output.num_scheduled_tokens,
+            chunks=chunks,
+            began_at=began_at,
+            ended_at=time.monotonic(),
         )
 
     def _measure(self, output: SchedulerOutput, seconds: float) -> None:
@@ -297,6 +354,15 @@ class Engine:
         self._prefill_tokens_per_second = 0.0
         self._step_times = StepTimes()
         logger.debug("warm-up took %.2f s", time.perf_counter() - started)
+
+
+def chunks_of(output: SchedulerOutput) -> list[Chunk]:
+    """What a step is to compute of prompts; plain steps of running requests are none. Before the step is accounted."""
+    return [
+        Chunk(entry.request.request_id, entry.num_scheduled_tokens)
+        for entry in output.scheduled
+        if entry.num_scheduled_tokens > 1 or not entry.request.num_output_tokens
+    ]
 
 
 def _mean(mean: float, value: float) -> float:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from relevo.core.errors import RelevoError
+from relevo.core.output_grammar import OutputGrammar
 from relevo.core.sampling_params import SamplingParams
 from relevo.engine.logits_processors import apply_processor
 
@@ -29,6 +30,7 @@ class SamplingRow:
     token_ids: Sequence[int]
     num_prompt_tokens: int
     eos_token_ids: tuple[int, ...]
+    grammar: OutputGrammar | None = None  # what the output must fit; GrammarMasks makes a mask of it
 
 
 def process(logits: Tensor, rows: Sequence[SamplingRow]) -> tuple[Tensor, dict[int, RelevoError]]:

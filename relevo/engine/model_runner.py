@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from relevo.core.scheduler import ScheduledRequest
+from relevo.engine.grammar_masks import GrammarMasks
 from relevo.engine.kv_cache import KVCache
 from relevo.engine.logits_processing import SamplingRow
 from relevo.engine.logprobs import TokenLogprobs
@@ -45,6 +46,7 @@ class ModelRunner:
         self.eos_token_ids = eos_token_ids
         self.device = kv_cache.storage.device
         self.block_size = kv_cache.layout.block_size
+        self._grammar_masks = GrammarMasks(sampler.vocab_size, self.device)
 
     def run(self, scheduled: Sequence[ScheduledRequest]) -> RunResult:
         """Compute the scheduled tokens."""
@@ -62,8 +64,15 @@ class ModelRunner:
                 names.append(request.request_id)
                 last_rows.append(len(token_ids) - 1)
                 rows.append(
-                    SamplingRow(request.sampling, request.token_ids, request.num_prompt_tokens, self.eos_token_ids)
+                    SamplingRow(
+                        request.sampling,
+                        request.token_ids,
+                        request.num_prompt_tokens,
+                        self.eos_token_ids,
+                        request.grammar,
+                    )
                 )
+        masks = self._grammar_masks.begin(rows)
         positions, metadata = self._metadata(scheduled)
         logits = self.model.forward(
             torch.tensor(token_ids, device=self.device),
@@ -71,7 +80,7 @@ class ModelRunner:
             AttentionContext(metadata=metadata, layers=self.kv_cache.layers, kernels=self.kernels),
             torch.tensor(last_rows + prompt_rows.indices, dtype=torch.int64, device=self.device),
         )
-        sampled = self.sampler.sample(logits[: len(rows)], rows)
+        sampled = self.sampler.sample(logits[: len(rows)], rows, masks.result() if masks else None)
         prompt_logprobs = prompt_rows.score(self.kernels, logits[len(rows) :])
         return RunResult(dict(zip(names, sampled, strict=True)), prompt_logprobs)
 

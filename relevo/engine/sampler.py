@@ -1,14 +1,14 @@
 """Logits to tokens, each row by its own parameters, in vLLM's order:
 
 log-probabilities of the model's own logits (if wanted)
-logits_processing → greedy rows: argmax
-                  → the others: temperature → min_p → top_k → top_p → draw
+logits_processing → grammar → greedy rows: argmax
+                            → the others: temperature → min_p → top_k → top_p → draw
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from relevo.core.errors import InvalidRequest, RelevoError
 from relevo.core.sampling_params import SamplingParams
 from relevo.engine.beams import BeamCandidates, beam_candidates
+from relevo.engine.grammar_masks import Masks
 from relevo.engine.logits_processing import SamplingRow, process
 from relevo.engine.logprobs import TokenLogprobs, named_logprobs, token_logprobs
 from relevo.engine.sampling_math import uniform
@@ -48,8 +49,11 @@ class Sampler:
         self.kernels = kernels
         self.device = torch.device(device)
 
-    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow], masks: Masks | None = None) -> list[Sampled]:
         """One token a row, or why there is none: BadLogits, InvalidRequest if the row's parameters leave no token.
+
+        masks: of the rows that have a grammar. It is the last to exclude tokens, and it wins: where other parameters
+        leave it nothing (min_tokens, where only the end of text fits), they do not count for this token.
 
         logits: [n, vocab_size] float32, on the sampler's device; left as they are. Of equal logits, greedy takes the
         lowest id. Token ids outside the vocabulary, in any parameter, have no effect.
@@ -60,11 +64,15 @@ class Sampler:
             return []
         beams = [i for i, row in enumerate(rows) if row.sampling.use_beam_search]
         if beams:
-            return self._with_beams(logits, rows, frozenset(beams))
+            return self._with_beams(logits, rows, frozenset(beams), masks)
         processed, failures = process(logits, rows)
-        chosen = self.kernels.argmax(processed)
-        # argmax takes a NaN for the largest, so that its value tells whether the row can be used.
-        usable: list[bool] = processed.gather(1, chosen.unsqueeze(1)).isfinite().squeeze(1).tolist()
+        if masks is not None:
+            processed = processed.clone() if processed is logits else processed
+            self.kernels.mask_logits(processed, masks.rows, masks.words)
+        chosen, usable = self._likeliest(processed)
+        if masks is not None and not all(usable):
+            self._let_masks_win(processed, logits, masks, usable)
+            chosen, usable = self._likeliest(processed)
         for i, ok in enumerate(usable):
             if not ok and i not in failures:
                 failures[i] = _no_choice(logits[i])
@@ -80,10 +88,27 @@ class Sampler:
             for i, token_id in enumerate(token_ids)
         ]
 
-    def _with_beams(self, logits: Tensor, rows: Sequence[SamplingRow], beams: frozenset[int]) -> list[Sampled]:
-        """Rows of beams bring what they could go on with, the others their token."""
+    def _likeliest(self, logits: Tensor) -> tuple[Tensor, list[bool]]:
+        """The largest of each row, and whether it is finite: argmax takes a NaN for the largest."""
+        chosen = self.kernels.argmax(logits)
+        return chosen, logits.gather(1, chosen.unsqueeze(1)).isfinite().squeeze(1).tolist()
+
+    def _let_masks_win(self, processed: Tensor, logits: Tensor, masks: Masks, usable: list[bool]) -> None:
+        """The rows that have no token left: the model's own logits, with the mask alone."""
+        is_usable = torch.tensor(usable, device=self.device)[masks.rows].unsqueeze(1)
+        processed[masks.rows] = torch.where(is_usable, processed[masks.rows], logits[masks.rows])
+        self.kernels.mask_logits(processed, masks.rows, masks.words)
+
+    def _with_beams(
+        self, logits: Tensor, rows: Sequence[SamplingRow], beams: frozenset[int], masks: Masks | None
+    ) -> list[Sampled]:
+        """Rows of beams bring what they could go on with, the others their token. Beams have no masks."""
         others = [i for i in range(len(rows)) if i not in beams]
-        sampled = dict(zip(others, self.sample(logits[others], [rows[i] for i in others]), strict=True))
+        if masks is not None:
+            among_others = [others.index(i) for i in masks.rows.tolist()]
+            masks = replace(masks, rows=torch.tensor(among_others, dtype=torch.int64, device=self.device))
+        tokens = self.sample(logits[others], [rows[i] for i in others], masks)
+        sampled = dict(zip(others, tokens, strict=True))
         for i in beams:
             try:
                 finite = bool(logits[i].max().isfinite())

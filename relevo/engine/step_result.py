@@ -30,6 +30,14 @@ class Computed:
 
 
 @dataclass(frozen=True, slots=True)
+class Chunk:
+    """A step has computed this much of what a request knew: of its prompt, or of what it has to compute again."""
+
+    request_id: str
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class NewTokens:
     request_id: str
     token_ids: list[int]
@@ -69,7 +77,10 @@ class EngineLoad:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """stored and removed are block names, disjoint: the net change of what the pool holds."""
+    """stored and removed are block names, disjoint: the net change of what the pool holds.
+
+    began_at, ended_at: on the clock of time.monotonic
+    """
 
     load: EngineLoad
     reserved: list[Reserved] = field(default_factory=list)
@@ -82,6 +93,9 @@ class StepResult:
     stored: list[BlockHash] = field(default_factory=list)
     removed: list[BlockHash] = field(default_factory=list)
     num_scheduled_tokens: int = 0
+    chunks: list[Chunk] = field(default_factory=list)
+    began_at: float = 0.0
+    ended_at: float = 0.0
 
     @property
     def is_empty(self) -> bool:

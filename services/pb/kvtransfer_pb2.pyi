@@ -401,11 +401,14 @@ class FetchReply(_message.Message):
     PULL_TOKEN_FIELD_NUMBER: _builtins.int
     BLOCK_BYTES_FIELD_NUMBER: _builtins.int
     LINK_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
     pull_token: _builtins.bytes
     """In the first reply alone, for agents that pull (over a link, kvlink.proto): names the stream's pins there."""
     block_bytes: _builtins.int
     link_bytes_per_second: _builtins.float
     """How fast blocks come from the source, as measured on the link to it; 0 = nothing comes from another agent."""
+    transport: _builtins.str
+    """of that link: tcp, nixl; "": as above"""
     @_builtins.property
     def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockRef]: ...
     @_builtins.property
@@ -418,10 +421,11 @@ class FetchReply(_message.Message):
         pull_token: _builtins.bytes = ...,
         block_bytes: _builtins.int = ...,
         link_bytes_per_second: _builtins.float = ...,
+        transport: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "blocks", b"blocks", "link_bytes_per_second", b"link_bytes_per_second", "missing", b"missing", "pull_token", b"pull_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "blocks", b"blocks", "link_bytes_per_second", b"link_bytes_per_second", "missing", b"missing", "pull_token", b"pull_token", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -504,6 +508,8 @@ class AuditReply(_message.Message):
     NUM_LEASES_FIELD_NUMBER: _builtins.int
     NUM_FETCHES_FIELD_NUMBER: _builtins.int
     SLOT_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_SEALED_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FETCHED_FIELD_NUMBER: _builtins.int
     num_slots: _builtins.int
     num_free: _builtins.int
     num_granted: _builtins.int
@@ -515,6 +521,10 @@ class AuditReply(_message.Message):
     num_fetches: _builtins.int
     """readers' streams"""
     slot_bytes: _builtins.int
+    num_blocks_sealed: _builtins.int
+    """since the start: brought in by workers and by pulls"""
+    num_blocks_fetched: _builtins.int
+    """since the start: shown to readers"""
     def __init__(
         self,
         *,
@@ -526,10 +536,12 @@ class AuditReply(_message.Message):
         num_leases: _builtins.int = ...,
         num_fetches: _builtins.int = ...,
         slot_bytes: _builtins.int = ...,
+        num_blocks_sealed: _builtins.int = ...,
+        num_blocks_fetched: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_fetches", b"num_fetches", "num_free", b"num_free", "num_granted", b"num_granted", "num_leases", b"num_leases", "num_pinned", b"num_pinned", "num_sealed", b"num_sealed", "num_slots", b"num_slots", "slot_bytes", b"slot_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_blocks_fetched", b"num_blocks_fetched", "num_blocks_sealed", b"num_blocks_sealed", "num_fetches", b"num_fetches", "num_free", b"num_free", "num_granted", b"num_granted", "num_leases", b"num_leases", "num_pinned", b"num_pinned", "num_sealed", b"num_sealed", "num_slots", b"num_slots", "slot_bytes", b"slot_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

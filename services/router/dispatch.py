@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from relevo.core.worker_load import PromptWork
 from services.pb import messages_pb2
 from services.router.attempt import Attempt, DirectAttempt, Event, Job
 from services.router.fleet import Fleet
+from services.router.fleet_state import describe_fleet
 from services.router.generation import EndEvent, ServedModel, TokensEvent
 from services.router.inbox import Inbox
 from services.router.planner import Planner
@@ -25,6 +27,7 @@ from services.router.prompt import Prompt
 from services.router.request_stream import DECODE, PREFILL, RequestInbox
 from services.router.route_log import Predictions, Route, RouteLog, RouteRecord
 from services.router.split import SplitAttempt
+from services.router.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +73,13 @@ class FleetDispatcher:
         return self._fleet.trouble
 
     def explain(self, request_id: str) -> Sequence[Mapping[str, Any]]:
-        return [record.explain() for record in self._planner.log.find(request_id)]
+        return [record.explain() | record.timeline.explain() for record in self._planner.log.find(request_id)]
+
+    def records(self) -> Collection[RouteRecord]:
+        return self._planner.log.records
+
+    async def describe_fleet(self) -> Mapping[str, Any]:
+        return await describe_fleet(self._fleet)
 
 
 class RoutedGeneration:
@@ -111,6 +120,14 @@ class RoutedGeneration:
         self._loop = asyncio.get_running_loop()
         self._deadline = self._loop.time() + request.timeout_ms / 1000 if request.timeout_ms else None
         self._timer = self._loop.call_at(self._deadline, self._expire) if self._deadline is not None else None
+
+    @property
+    def timeline(self) -> Timeline:
+        return self.record.timeline
+
+    @timeline.setter
+    def timeline(self, timeline: Timeline) -> None:
+        self.record.timeline = timeline
 
     def __aiter__(self) -> RoutedGeneration:
         return self
@@ -159,11 +176,12 @@ class RoutedGeneration:
         """The cheapest candidate that has not refused. Raises Exhausted or Unavailable if there is none."""
         self._check()
         num_tokens = len(self._request.prompt_token_ids)
+        began_at = time.perf_counter()
         placement = await self._place()
         best = placement.best
-        self._note_placement(placement)
+        self._note_placement(placement, began_at)
         logger.debug("placed: %s", best, extra={"request_id": self._request.request_id})
-        job = Job(self._request, self._inbox, self._time_left_ms, self._stop_token_ids)
+        job = Job(self._request, self._inbox, self._time_left_ms, self._stop_token_ids, self.record.timeline)
         decode = self._fleet.worker(DECODE, best.decode)
         assert decode.info is not None
         self._incarnation = decode.info.incarnation
@@ -257,11 +275,14 @@ class RoutedGeneration:
             if not self._is_migrated:
                 self._note_cached(event.num_cached_tokens)
             self._events.append(event)
+            self.record.note_end(event.finish_reason.value)
             self._finish(None)
             return
         if not self._output:
             self._note_first_token()
         self._output += event.token_ids
+        self.record.note_tokens(len(self._output))
+        self.record.timeline.count(len(event.token_ids))
         self._num_cached_tokens = event.num_cached_tokens
         last = self._events[-1] if self._events else None
         if isinstance(last, TokensEvent):  # the reader is behind: several steps become one event
@@ -274,8 +295,14 @@ class RoutedGeneration:
             self._events.pop()
         self._events.append(event)
 
-    def _note_placement(self, placement: Placement) -> None:
+    def _note_placement(self, placement: Placement, began_at: float) -> None:
         self.placement = placement
+        self.record.timeline.mark(
+            "place",
+            began_at,
+            terms=placement.best,
+            candidates=len(placement.candidates),
+        )
         self._placed_at = self._loop.time()
         if not self.record.routes:
             self._planner.log.add(self.record)
@@ -296,8 +323,11 @@ class RoutedGeneration:
     def _finish(self, failure: RelevoError | None) -> None:
         """Nothing more comes from workers; `failure` is raised after the events that are there already."""
         self._is_over = True
+        if failure is not None:
+            self.record.timeline.error = type(failure).__name__
         self._over.set()
         self._failure = failure
+        self.record.note_end(failure.message if failure is not None else "closed")
         if self._timer is not None:
             self._timer.cancel()
         if self._attempt is not None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from relevo.core.request import FinishReason
 from services.pb import messages_pb2
+from services.router.route_log import RouteRecord
+from services.router.timeline import Timeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +58,11 @@ class Generation(Protocol):
     before any token or after some. It is the last thing that iteration does then.
 
     on_accepted: called once, inside iteration, when a worker has taken the request on: Exhausted does not follow
+    timeline: where it notes what becomes of it; may be replaced before the first `__anext__`
     """
 
     on_accepted: Callable[[], None] | None
+    timeline: Timeline
 
     def __aiter__(self) -> Generation: ...
 
@@ -90,7 +94,14 @@ class Dispatcher(Protocol):
         """None until some worker was seen."""
 
     def explain(self, request_id: str) -> Sequence[Mapping[str, Any]]:
-        """Generation.explain of the request, or of those named REQUEST_ID-0, -1, …; empty if too long ago, or never."""
+        """Generation.explain of the request, or of those named REQUEST_ID-0, -1, …, with their timelines; empty if too
+        long ago, or never."""
+
+    def records(self) -> Collection[RouteRecord]:
+        """The last requests that were placed, the oldest first; some may be on their way."""
+
+    async def describe_fleet(self) -> Mapping[str, Any]:
+        """Workers and agents as they are now, as JSON; see fleet_state.describe_fleet."""
 
     def is_ready(self) -> bool:
         """Whether a request could be served now."""

@@ -10,6 +10,7 @@ from relevo.core.errors import RelevoError
 from relevo.core.request import FinishReason
 from relevo.core.sampling_params import LogitsProcessorCall, SamplingParams
 from services.common.errors import error_to_proto
+from services.common.structured_outputs import structured_outputs_from_proto
 from services.pb import messages_pb2 as pb
 from services.pb.decode_pb2 import Beam as BeamPart
 
@@ -72,19 +73,20 @@ def sampling_from_pb(message: pb.SamplingParams, *, max_tokens: int | None = Non
         length_penalty=message.length_penalty,
         logits_processors=tuple(LogitsProcessorCall(each.name, each.arguments) for each in message.logits_processors),
         early_stopping=_EARLY_STOPPING.get(message.early_stopping, False),
+        structured_outputs=structured_outputs_from_proto(message),
     )
 
 
-def tokens_to_pb(tokens: NewTokens) -> pb.Tokens:
-    return pb.Tokens(token_ids=tokens.token_ids, logprobs=logprobs_to_pb(tokens.logprobs))
+def tokens_to_pb(tokens: NewTokens, stages: pb.Stages | None = None) -> pb.Tokens:
+    return pb.Tokens(token_ids=tokens.token_ids, logprobs=logprobs_to_pb(tokens.logprobs), stages=stages)
 
 
-def finished(reason: FinishReason, num_cached_tokens: int) -> pb.Ended:
-    return pb.Ended(finish_reason=_FINISH_REASONS[reason], num_cached_tokens=num_cached_tokens)
+def finished(reason: FinishReason, num_cached_tokens: int, stages: pb.Stages | None = None) -> pb.Ended:
+    return pb.Ended(finish_reason=_FINISH_REASONS[reason], num_cached_tokens=num_cached_tokens, stages=stages)
 
 
-def failed(error: RelevoError, num_cached_tokens: int = 0) -> pb.Ended:
-    return pb.Ended(error=error_to_proto(error), num_cached_tokens=num_cached_tokens)
+def failed(error: RelevoError, num_cached_tokens: int = 0, stages: pb.Stages | None = None) -> pb.Ended:
+    return pb.Ended(error=error_to_proto(error), num_cached_tokens=num_cached_tokens, stages=stages)
 
 
 def first_error(group: BaseExceptionGroup[RelevoError]) -> RelevoError:

@@ -14,7 +14,7 @@ from relevo.core.request import Request
 from relevo.core.sampling_params import SamplingParams
 from relevo.engine.beams import EndedBeams
 from relevo.engine.config import EngineInfo
-from relevo.engine.step_result import Computed, EndedRequest, NewTokens, PromptLogprobs, Reserved, StepResult
+from relevo.engine.step_result import Chunk, Computed, EndedRequest, NewTokens, PromptLogprobs, Reserved, StepResult
 
 
 class KVCachePort(Protocol):
@@ -65,7 +65,7 @@ class Admitted:
     request_id: str
 
 
-Event = Admitted | Reserved | Computed | PromptLogprobs | NewTokens | EndedBeams | EndedRequest
+Event = Admitted | Reserved | Chunk | Computed | PromptLogprobs | NewTokens | EndedBeams | EndedRequest
 
 
 class Listener(Protocol):

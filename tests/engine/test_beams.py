@@ -216,6 +216,12 @@ def test_an_aborted_search_leaves_nothing(llm: LLM) -> None:
         check_empty(engine)
 
 
+def test_beams_and_structured_outputs_exclude_each_other() -> None:
+    with pytest.raises(InvalidRequest) as error:
+        SamplingParams(use_beam_search=True, structured_outputs=StructuredOutputs("regex", "a+"))
+    assert error.value.param == "use_beam_search"
+
+
 def test_a_search_that_has_no_token_to_go_on_with_is_refused(llm: LLM) -> None:
     with pytest.raises(InvalidRequest, match="no token"):
         llm.generate(

@@ -8,6 +8,7 @@ from typing import Any
 
 from relevo.core.errors import InvalidRequest
 from services.router.generation import EndEvent, Generation, TokensEvent
+from services.router.timeline import Timeline
 
 
 class BeamSearchResult:
@@ -37,6 +38,8 @@ class BeamGeneration:
 
     def __init__(self, result: BeamSearchResult, index: int) -> None:
         self.on_accepted: Callable[[], None] | None = None
+        # The search is one request: its first choice tells of it.
+        self.timeline = result.generation.timeline if index == 0 else Timeline()
         self._result = result
         self._index = index
         self._end: EndEvent | None = None

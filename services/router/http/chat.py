@@ -84,6 +84,7 @@ async def create_chat_completion(serving: Serving, exchange: Exchange, body: Cha
     sampling = make_sampling(
         body, serving.defaults, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=body.prompt_logprobs
     )
+    await serving.structure.check(sampling.structured_outputs, body)
     text = render_chat(serving, body.messages, body.add_generation_prompt, body.chat_template_kwargs)
     prompt = await run_long(
         len(text),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ from relevo.detokenizer import Detokenizer
 from services.pb import messages_pb2
 from services.router.generation import EndEvent, Generation, TokensEvent
 from services.router.http.prompt_logprobs import PromptEntries, SharedPromptLogprobs
+from services.router.timeline import Timeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class Choice:
         self.prompt_index = prompt_index
         self.num_tokens = 0
         self.num_cached_tokens: int | None = None  # unknown yet
+        self.timeline: Timeline = generation.timeline
         self._generation = generation
         self._prompt_logprobs = prompt_logprobs
         self._is_first_of_prompt = is_first_of_prompt
@@ -98,7 +101,9 @@ class Choice:
         token_ids = event.token_ids
         num_before = self.num_tokens
         ends = bool(token_ids) and token_ids[-1] in self._hidden_token_ids
+        began_at = time.perf_counter()
         text = self._detokenizer.push(token_ids[:-1] if ends else token_ids)
+        self.timeline.detokenize_seconds += time.perf_counter() - began_at
         if not self._detokenizer.stopped:
             self.num_tokens += len(token_ids)
             return Delta(text, event.logprobs, token_ids)

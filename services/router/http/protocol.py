@@ -17,6 +17,7 @@ from relevo.core.sampling_params import MAX_LOGPROB_TOKEN_IDS, MAX_LOGPROBS, Log
 from services.router.http.errors import UnknownParameter, UnsupportedParameter
 from services.router.http.logits_processors import LogitsProcessorBody, parse_logits_processors
 from services.router.http.messages import Messages
+from services.router.http.structure import ResponseFormat, StructuredOutputsBody
 from services.router.http.unsupported import ANY, CHAT, COMPLETION, Harmless
 
 MAX_N = 128
@@ -145,6 +146,12 @@ class SamplingBody(RequestBody):
         list[LogitsProcessorCall],
         PlainValidator(parse_logits_processors, json_schema_input_type=list[str | LogitsProcessorBody]),
     ] = Field([], description="Custom ones that workers have installed, by name.")
+    response_format: ResponseFormat | None = Field(
+        None, description="What the answer is: `text`, `json_object`, or `json_schema`, which it then always fits."
+    )
+    structured_outputs: StructuredOutputsBody | None = Field(
+        None, description="What the answer fits: one of `json`, `json_object`, `regex`, `choice`, `grammar`."
+    )
     n: int = Field(1, ge=1, le=MAX_N, description="Choices for each prompt.")
     best_of: int | None = Field(None, ge=1, le=MAX_N, description="So many are made, the n likeliest kept.")
     use_beam_search: bool = Field(False, description="The n best of best_of beams; nothing is drawn.")

@@ -10,10 +10,12 @@ from typing import TypeVar
 from relevo.core.errors import InvalidRequest
 from relevo.core.sampling_params import SamplingParams
 from relevo.model_files import GenerationDefaults
+from services.common.structured_outputs import structured_outputs_to_proto
 from services.pb import messages_pb2
 from services.router.generation import ServedModel
 from services.router.http.errors import ContextLengthExceeded
 from services.router.http.protocol import SamplingBody
+from services.router.http.structure import wanted_structure
 
 _Number = TypeVar("_Number", int, float)
 
@@ -98,6 +100,7 @@ def make_sampling(
         early_stopping=body.early_stopping,
         logits_processors=tuple(body.logits_processors),
         truncate_prompt_tokens=body.truncate_prompt_tokens,
+        structured_outputs=wanted_structure(body),
     )
 
 
@@ -155,6 +158,7 @@ def sampling_to_proto(
             messages_pb2.LogitsProcessor(name=each.name, arguments=each.arguments)
             for each in sampling.logits_processors
         ],
+        structured_outputs=structured_outputs_to_proto(sampling.structured_outputs),
     )
 
 

@@ -28,6 +28,8 @@ from services.router.http.prompt_logprobs import SharedPromptLogprobs
 from services.router.http.protocol import SamplingBody
 from services.router.http.sampling import TokenLimit, check_token_ids, draw_seed, sampling_to_proto
 from services.router.http.stream import EventWriter, GenerationResponse, WholeWriter
+from services.router.http.structure import StructureChecker
+from services.router.timeline import Timeline
 
 _LONG_TEXT_CHARS = 16_384  # takes some 5 ms to tokenize: from here on the event loop does not wait for it
 
@@ -71,6 +73,7 @@ class Serving:
     dispatcher: Dispatcher
     admission: Admission
     metrics: EdgeMetrics
+    structure: StructureChecker
     answer_ids: AnswerIds = field(default_factory=AnswerIds)
 
     def model_name(self, asked: str | None) -> str:
@@ -134,6 +137,7 @@ class Serving:
     ) -> GenerationResponse:
         """The response that will run all choices. Raises InvalidRequest and its like; nothing was started then."""
         choices = self._choices(exchange, answer_id, prompts, body, sampling, limit)
+        exchange.timelines = [choice.timeline for choice in choices]
         self.answer_ids.remember(exchange.request_id, answer_id)
         writer = (
             EventWriter(exchange, payloads, include_usage=body.include_usage)
@@ -164,6 +168,7 @@ class Serving:
         if not sampling.ignore_eos:
             stop_token_ids |= frozenset(self.defaults.eos_token_ids)
         standing = exchange.standing(body.priority)
+        traceparent = exchange.trace.traceparent(is_sampled=exchange.trace.is_asked) if exchange.trace else ""
         planned: list[tuple[int, messages_pb2.GenerationRequest]] = []  # with its prompt's index
         for prompt_index, prompt in enumerate(prompts):
             check_prompt(prompt.token_ids, model, limit.prompt_param)
@@ -178,12 +183,14 @@ class Serving:
                     sampling=sampling_to_proto(own, max_tokens=max_tokens, seed=choice_seed(seed, nth)),
                     cache_salt=exchange.key_salt + body.cache_salt,
                     timeout_ms=timeout_ms,
+                    traceparent=traceparent,
                 )
                 planned.append((prompt_index, request))
         shared = [SharedPromptLogprobs() if sampling.prompt_logprobs is not None else None for _ in prompts]
         generations: list[tuple[int, Generation]] = []  # likewise
         for prompt_index, request in planned:
-            generation = self.admission.generate(request, standing)
+            timeline = _timeline(exchange, self.model_name(body.model), request)
+            generation = self.admission.generate(request, standing, timeline)
             if body.use_beam_search:
                 result = BeamSearchResult(generation)
                 generations += [(prompt_index, BeamGeneration(result, nth)) for nth in range(body.n)]
@@ -211,6 +218,26 @@ class Serving:
             )
             for index, (prompt_index, generation) in enumerate(generations)
         ]
+
+
+def _timeline(exchange: Exchange, model: str, request: messages_pb2.GenerationRequest) -> Timeline:
+    """Of a choice whose prompt has just been tokenized."""
+    timeline = Timeline(exchange.arrived)
+    if exchange.received is not None:
+        timeline.mark("receive", exchange.arrived, exchange.received)
+        timeline.mark("tokenize", exchange.received, tokens=len(request.prompt_token_ids))
+    timeline.attributes = {
+        "relevo.request.id": exchange.request_id,
+        "gen_ai.operation.name": "chat" if request.request_id.startswith("chatcmpl") else "text_completion",
+        "gen_ai.provider.name": "relevo",
+        "gen_ai.request.model": model,
+        "gen_ai.request.max_tokens": request.sampling.max_tokens,
+        "gen_ai.request.temperature": request.sampling.temperature,
+        "gen_ai.request.top_p": request.sampling.top_p,
+        "gen_ai.response.id": request.request_id,
+        "gen_ai.usage.input_tokens": len(request.prompt_token_ids),
+    }
+    return timeline
 
 
 def check_prompt(token_ids: Sequence[int], model: ServedModel, param: str) -> None:

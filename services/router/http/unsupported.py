@@ -18,14 +18,12 @@ _BOTH: Mapping[str, Harmless] = {
     "prediction": (),
     "prompt_cache_key": ANY,  # a hint for OpenAI's routing; blocks are named by their content here
     "prompt_cache_retention": ("in_memory",),
-    "response_format": ({"type": "text"},),
     "safety_identifier": ANY,  # as `user`
     "service_tier": ("auto", "default"),
     "store": (False,),
     # vLLM's
     "request_id": (),  # the header x-request-id
     "spaces_between_special_tokens": (True,),
-    "structured_outputs": (),
 }
 
 COMPLETION: Mapping[str, Harmless] = {**_BOTH, "suffix": ("",)}

@@ -11,6 +11,8 @@ from typing import Any
 from relevo.core.request import FinishReason
 from services.pb import messages_pb2
 from services.router.generation import EndEvent, ServedModel, TokensEvent
+from services.router.route_log import RouteRecord
+from services.router.timeline import Timeline
 
 MODEL = ServedModel(max_model_len=256, vocab_size=4096, block_size=16)
 
@@ -27,6 +29,7 @@ class FakeGeneration:
     def __init__(self, request: messages_pb2.GenerationRequest, steps: Iterable[Step]) -> None:
         self.request = request
         self.on_accepted: Callable[[], None] | None = None
+        self.timeline = Timeline()
         self.num_pulled = 0
         self.has_begun = asyncio.Event()
         self.closed = asyncio.Event()
@@ -75,6 +78,7 @@ class FakeDispatcher:
         self.ready = True
         self.reason = ""
         self.trouble = ""
+        self.route_records: list[RouteRecord] = []
         self.generations: list[FakeGeneration] = []
         self.generation_class = FakeGeneration
 
@@ -89,6 +93,12 @@ class FakeDispatcher:
     def explain(self, request_id: str) -> list[dict[str, Any]]:
         names = [generation.request.request_id for generation in self.generations]
         return [{"request_id": name} for name in names if name.startswith(f"{request_id}-")]
+
+    def records(self) -> list[RouteRecord]:
+        return self.route_records
+
+    async def describe_fleet(self) -> dict[str, Any]:
+        return {"workers": [], "agents": []}
 
     def is_ready(self) -> bool:
         return self.ready
