@@ -141,8 +141,6 @@ class SamplingParams:
         _check_int("n", self.n, 1, MAX_CHOICES)
         if self.best_of is not None:
             _check_int("best_of", self.best_of, self.n, MAX_CHOICES)
-        if self.use_beam_search and self.structured_outputs is not None:
-            raise InvalidRequest("beams do not follow structured_outputs yet: leave out one of the two", "use_beam_search")
         _check_float("length_penalty", self.length_penalty, -10.0, 10.0)
         if self.use_beam_search and self.structured_outputs is not None:
             raise InvalidRequest("use_beam_search does not go with structured_outputs", "use_beam_search")

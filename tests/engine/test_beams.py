@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from relevo import LLM, SamplingParams
 from relevo.core import forking
 from relevo.core.errors import InvalidRequest
+from relevo.core.structured_outputs import StructuredOutputs
 from relevo.engine import beams as beams_module
 from relevo.engine.engine import Engine
 from tests.support.parity import BLOCK_SIZE, prompts, transformers_greedy
@@ -218,7 +219,7 @@ def test_an_aborted_search_leaves_nothing(llm: LLM) -> None:
 
 def test_beams_and_structured_outputs_exclude_each_other() -> None:
     with pytest.raises(InvalidRequest) as error:
-        SamplingParams(use_beam_search=True, structured_outputs=StructuredOutputs("regex", "a+"))
+        SamplingParams(use_beam_search=True, structured_outputs=StructuredOutputs(regex="a+"))
     assert error.value.param == "use_beam_search"
 
 
