@@ -177,6 +177,7 @@ class Worker:
             result.computed,
             result.prompt_logprobs,
             result.tokens,
+            result.beams,
             result.ended,
         ):
             for event in events:
