@@ -19,11 +19,22 @@ from relevo.core.request import FinishReason, Request
 from relevo.core.sampling_params import SamplingParams
 from relevo.core.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
 from relevo.core.step_times import StepTimes
+from relevo.engine.beams import BeamCandidates, BeamGroups, EndedBeams
 from relevo.engine.config import EngineConfig, EngineInfo
 from relevo.engine.kv_cache import KVCache
-from relevo.engine.model_runner import ModelRunner
+from relevo.engine.model_runner import ModelRunner, RunResult
+from relevo.engine.prompt_logprobs import max_rows
 from relevo.engine.sampler import SampledToken, Sampler
-from relevo.engine.step_result import Computed, EndedRequest, EngineLoad, NewTokens, Reserved, StepResult
+from relevo.engine.step_result import (
+    Chunk,
+    Computed,
+    EndedRequest,
+    EngineLoad,
+    NewTokens,
+    PromptLogprobs,
+    Reserved,
+    StepResult,
+)
 from relevo.engine.threads import set_num_threads
 from relevo.engine.turns import Turns
 from relevo.grammar.compiler import GrammarCompiler
@@ -76,7 +87,12 @@ class Engine:
         )
         self.kv_cache = KVCache(layout, num_blocks, device)
         self.scheduler = Scheduler(
-            SchedulerConfig(config.max_num_seqs, config.max_num_batched_tokens, config.block_size),
+            SchedulerConfig(
+                config.max_num_seqs,
+                config.max_num_batched_tokens,
+                config.block_size,
+                max_prompt_logprobs=max_rows(model.vocab_size),
+            ),
             BlockPool(num_blocks),
         )
         sampler = Sampler(model.vocab_size, device, kernels)
@@ -89,6 +105,8 @@ class Engine:
             self._grammars.prepare()
         self._compiling: dict[str, Request] = {}  # submitted, and not with the scheduler yet
         self._cancelled: list[EndedRequest] = []
+        self._beams = BeamGroups(self.scheduler)
+        self.num_copied_blocks = 0  # for beams that part
         self._prefill_tokens_per_second = 0.0
         self._step_times = StepTimes()
         self._warm_up()
@@ -152,8 +170,10 @@ class Engine:
     def submit(self, request: Request) -> None:
         if request.grammar is not None:
             self._compiling[request.request_id] = request
-        else:
-            self.scheduler.add(request)
+            return
+        self.scheduler.add(request)
+        if request.sampling.use_beam_search:
+            self._beams.add(request)
 
     def resume(self, request_id: str, num_computed_tokens: int, token_ids: list[int]) -> None:
         """See Scheduler.resume. A first token sampled elsewhere never ends a request: whoever sampled it would have."""
@@ -161,9 +181,11 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """End a request and free its blocks; the next step tells, if it had not ended before."""
-        request = self._compiling.pop(request_id, None) or self.scheduler.abort(request_id)
+        request = (
+            self._compiling.pop(request_id, None) or self._beams.drop(request_id) or self.scheduler.abort(request_id)
+        )
         if request is not None:
-            self._cancelled.append(EndedRequest(request_id, FinishReason.CANCELLED, request.num_cached_tokens))
+            self._end(request, None)
 
     def release(self, request_id: str) -> None:
         self.scheduler.release(request_id)
@@ -187,24 +209,50 @@ class Engine:
 
     def step(self) -> StepResult:
         self._take_compiled()
+        began_at = time.monotonic()
         output = self.scheduler.schedule()
         started = time.perf_counter()
         sampled: dict[str, SampledToken] = {}
         failed: dict[str, RelevoError] = {}
+        candidates: dict[str, BeamCandidates] = {}
+        run = RunResult({}, {})
         if output.scheduled:
             with self._turns:
-                for name, result in self._runner.run(output.scheduled).items():
-                    if isinstance(result, RelevoError):
-                        failed[name] = result
-                    else:
-                        sampled[name] = result
+                run = self._runner.run(output.scheduled)
+        for name, token in run.sampled.items():
+            if isinstance(token, RelevoError):
+                failed[name] = token
+            elif isinstance(token, list):
+                candidates[name] = token
+            else:
+                sampled[name] = token
         # Waiting for a turn counts: so long does a step take here.
         self._measure(output, time.perf_counter() - started)
+        chunks = chunks_of(output)
         ended = self.scheduler.update(output, {name: token.token_id for name, token in sampled.items()})
         for name, error in failed.items():
-            request = self.scheduler.fail(name)
-            self._cancelled.append(EndedRequest(name, FinishReason.CANCELLED, request.num_cached_tokens, error))
-        return self._result(output, sampled, ended)
+            request = self._beams.drop(name) or self.scheduler.fail(name)
+            if request is not None:  # else another hypothesis of the same search has failed before
+                self._end(request, error)
+        beams = self._advance_beams(candidates)
+        return self._result(output, run, sampled, ended, beams, chunks, began_at)
+
+    def _advance_beams(self, candidates: dict[str, BeamCandidates]) -> list[EndedBeams]:
+        if not candidates:
+            return []
+        self._beams.take({name: its for name, its in candidates.items() if self._beams.has(name)})
+        copies, ended, failed = self._beams.advance()
+        for source, target in copies:
+            self.kv_cache.storage[target].copy_(self.kv_cache.storage[source])
+        self.num_copied_blocks += len(copies)
+        for request, error in failed:
+            self._end(request, error)
+        return ended
+
+    def _end(self, request: Request, error: RelevoError | None) -> None:
+        """Of what ends otherwise than by its tokens; the next result tells."""
+        ended = EndedRequest(request.request_id, FinishReason.CANCELLED, request.num_cached_tokens, error)
+        self._cancelled.append(ended)
 
     def _take_compiled(self) -> None:
         """Give requests whose grammars are there to the scheduler; those whose grammars are wrong end."""
@@ -234,7 +282,16 @@ class Engine:
             step_seconds_per_request=self._step_times.step_seconds_per_request,
         )
 
-    def _result(self, output: SchedulerOutput, sampled: dict[str, SampledToken], ended: list[Request]) -> StepResult:
+    def _result(
+        self,
+        output: SchedulerOutput,
+        run: RunResult,
+        sampled: dict[str, SampledToken],
+        ended: list[Request],
+        beams: list[EndedBeams],
+        chunks: list[Chunk],
+        began_at: float,
+    ) -> StepResult:
         stored, removed = self.scheduler.pool.drain_events()
         cancelled, self._cancelled = self._cancelled, []
         return StepResult(
@@ -249,11 +306,14 @@ class Engine:
                 for entry in output.scheduled
                 if entry.request.hold_blocks
             ],
+            prompt_logprobs=[PromptLogprobs(name, logprobs) for name, logprobs in run.prompt_logprobs.items()],
             tokens=[
                 NewTokens(name, [token.token_id], [token.logprobs] if token.logprobs else [])
                 for name, token in sampled.items()
             ],
+            beams=beams,
             ended=cancelled
+            + [EndedRequest(b.request.request_id, b.beams[0].finish_reason, b.request.num_cached_tokens) for b in beams]
             + [
                 # A grammar that has failed has left nothing but the end of text.
                 EndedRequest(r.request_id, r.finish_reason, r.num_cached_tokens, r.grammar.error if r.grammar else None)
@@ -263,6 +323,9 @@ class Engine:
             stored=stored,
             removed=removed,
             num_scheduled_tokens=output.num_scheduled_tokens,
+            chunks=chunks,
+            began_at=began_at,
+            ended_at=time.monotonic(),
         )
 
     def _measure(self, output: SchedulerOutput, seconds: float) -> None:
@@ -284,9 +347,19 @@ class Engine:
         while self.has_unfinished_requests:
             self.step()
         self.scheduler = Scheduler(self.scheduler.config, BlockPool(self.info.num_blocks))
+        self._beams = BeamGroups(self.scheduler)
         self._prefill_tokens_per_second = 0.0
         self._step_times = StepTimes()
         logger.debug("warm-up took %.2f s", time.perf_counter() - started)
+
+
+def chunks_of(output: SchedulerOutput) -> list[Chunk]:
+    """What a step is to compute of prompts; plain steps of running requests are none. Before the step is accounted."""
+    return [
+        Chunk(entry.request.request_id, entry.num_scheduled_tokens)
+        for entry in output.scheduled
+        if entry.num_scheduled_tokens > 1 or not entry.request.num_output_tokens
+    ]
 
 
 def _mean(mean: float, value: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,11 +12,25 @@ from relevo.core.scheduler import ScheduledRequest
 from relevo.engine.grammar_masks import GrammarMasks
 from relevo.engine.kv_cache import KVCache
 from relevo.engine.logits_processing import SamplingRow
+from relevo.engine.logprobs import TokenLogprobs
+from relevo.engine.prompt_logprobs import PromptRows
 from relevo.engine.sampler import Sampled, Sampler
 from relevo.kernels import Kernels
 from relevo.kernels.metadata import AttentionMetadata
 from relevo.models.attention import AttentionContext
 from relevo.models.causal_lm import CausalLM
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """By request id.
+
+    sampled: of each request whose known tokens are all computed, what follows them
+    prompt_logprobs: of those prompts' tokens that a step has computed and that are asked for
+    """
+
+    sampled: dict[str, Sampled]
+    prompt_logprobs: dict[str, list[TokenLogprobs]]
 
 
 class ModelRunner:
@@ -33,15 +48,17 @@ class ModelRunner:
         self.block_size = kv_cache.layout.block_size
         self._grammar_masks = GrammarMasks(sampler.vocab_size, self.device)
 
-    def run(self, scheduled: Sequence[ScheduledRequest]) -> dict[str, Sampled]:
-        """Compute the scheduled tokens; returns what follows of each request whose known tokens are all computed."""
+    def run(self, scheduled: Sequence[ScheduledRequest]) -> RunResult:
+        """Compute the scheduled tokens."""
         token_ids: list[int] = []
         last_rows: list[int] = []  # of the requests that sample: where their last token is in the flat batch
         rows: list[SamplingRow] = []
         names: list[str] = []
+        prompt_rows = PromptRows()
         for entry in scheduled:
             request = entry.request
             start = request.num_computed_tokens
+            prompt_rows.add(entry, len(token_ids))
             token_ids += request.token_ids[start : start + entry.num_scheduled_tokens]
             if entry.samples:
                 names.append(request.request_id)
@@ -61,10 +78,11 @@ class ModelRunner:
             torch.tensor(token_ids, device=self.device),
             positions,
             AttentionContext(metadata=metadata, layers=self.kv_cache.layers, kernels=self.kernels),
-            torch.tensor(last_rows, dtype=torch.int64, device=self.device),
+            torch.tensor(last_rows + prompt_rows.indices, dtype=torch.int64, device=self.device),
         )
-        sampled = self.sampler.sample(logits, rows, masks.result() if masks else None) if rows else []
-        return dict(zip(names, sampled, strict=True))
+        sampled = self.sampler.sample(logits[: len(rows)], rows, masks.result() if masks else None)
+        prompt_logprobs = prompt_rows.score(self.kernels, logits[len(rows) :])
+        return RunResult(dict(zip(names, sampled, strict=True)), prompt_logprobs)
 
     def _metadata(self, scheduled: Sequence[ScheduledRequest]) -> tuple[torch.Tensor, AttentionMetadata]:
         counts = np.array([entry.num_scheduled_tokens for entry in scheduled], dtype=np.int32)
