@@ -264,6 +264,7 @@ def _print_started(stack: Stack, model: str, seconds: float) -> None:
     body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": "What does os.path.join do?"}]}
     has_keys = stack.config.api_key or "api-keys-file" in stack.config.router_options
     key = " -H 'Authorization: Bearer '\"$RELEVO_API_KEY\"" if has_keys else ""
+    print(f"\nSee it: {stack.endpoint}/ui")
     print(f"\nTry it:\n\n  curl {stack.endpoint}/v1/chat/completions{key} -H 'Content-Type: application/json' \\")
     print(f"    -d '{json.dumps(body)}'\n\nCtrl-C stops it.", flush=True)
 
