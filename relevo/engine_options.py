@@ -34,6 +34,10 @@ def engine_options(
     kv_cache_memory: Annotated[str, typer.Option(metavar="SIZE", help="KV cache of each worker")] = "1GiB",
     max_num_seqs: Annotated[int, typer.Option(min=1, help="requests computed at the same time, per worker")] = 64,
     max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="tokens computed in one step")] = 512,
+    step_stretch: Annotated[
+        float,
+        typer.Option(help="a step with prompts may take so many times a plain one, while others decode; inf: no limit"),
+    ] = 2.0,
     load_format: Annotated[
         Literal["auto", "dummy"], typer.Option(help="dummy: random weights from config.json alone")
     ] = "auto",

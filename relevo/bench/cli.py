@@ -10,6 +10,7 @@ from rich.console import Console
 
 from relevo.bench.commands import integers, numbers, progress, write_json
 from relevo.bench.engine_commands import add_engine_commands
+from relevo.bench.fairness import add_fairness_command
 from relevo.bench.handover_command import add_handover_command
 from relevo.bench.kv_command import add_kv_command
 from relevo.bench.quantization_command import add_quantization_command
@@ -119,3 +120,4 @@ add_router_command(app)
 add_handover_command(app)
 add_quantization_command(app)
 add_sampling_command(app)
+add_fairness_command(app)

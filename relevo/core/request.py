@@ -44,6 +44,8 @@ class Request:
     await_kv: bool = False  # reserve the prompt's blocks, then wait until resume()
     hold_blocks: bool = False  # keep blocks after the end, until release()
     grammar: OutputGrammar | None = None  # what the output must fit
+    priority: int = 0  # the lowest goes first
+    arrival: int = 0  # the scheduler's count, which settles who goes first among equals
 
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None

@@ -6,6 +6,7 @@ budget. Chunked prefill, prefix hits and resumption after preemption are that ru
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -57,12 +58,16 @@ class SchedulerOutput:
 class Scheduler:
     """Owns the requests and, through the pool, their blocks.
 
-    waiting          no blocks; first come, first served, the preempted in front
+    waiting          no blocks; by priority, and first come, first served
     waiting_for_kv   blocks that somebody else fills: never preempted
-    running          computed step by step; when blocks run out the youngest is preempted and recomputes later
+    running          computed step by step; when blocks run out, or a more urgent one has no room, the least urgent, of
+                     equals the youngest, is preempted and recomputes later
     held             ended, blocks kept until release()
 
     Blocks that are pinned are held beside what requests hold: somebody is copying them out.
+
+    prompt_tokens_per_step: how many tokens of prompts take as long as a step without any, by whoever measures it;
+    None: not known, and steps are filled up
     """
 
     def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
@@ -74,6 +79,8 @@ class Scheduler:
         self.held: dict[str, Request] = {}
         self._pinned: list[int] = []  # block ids; one that was pinned twice is in it twice
         self._requests: dict[str, Request] = {}
+        self._num_added = 0
+        self.prompt_tokens_per_step: float | None = None
         self._num_prompt_logprobs_left = 0  # of this step
 
     def add(self, request: Request) -> None:
@@ -84,7 +91,9 @@ class Scheduler:
             "held blocks are for requests that end with one token"
         )
         self._requests[request.request_id] = request
-        self.waiting.append(request)
+        self._num_added += 1
+        request.arrival = self._num_added
+        insort(self.waiting, request, key=_urgency)
 
     def resume(self, request_id: str, num_computed_tokens: int, token_ids: list[int]) -> Request | None:
         """The KV of [0, num_computed_tokens) is in the request's blocks now: let it run, with tokens sampled elsewhere.
@@ -167,16 +176,19 @@ class Scheduler:
             request.status = RequestStatus.RUNNING
         elif not request.block_ids and request.status is RequestStatus.RUNNING:
             self.running.remove(request)
-            self.waiting.appendleft(request)
+            insort(self.waiting, request, key=_urgency)
             request.num_preemptions += 1
             request.status = RequestStatus.WAITING
 
     def schedule(self) -> SchedulerOutput:
         output = SchedulerOutput()
         self._num_prompt_logprobs_left = self.config.max_prompt_logprobs
-        budget = self._schedule_running(output, self.config.max_num_batched_tokens)
-        if not output.preempted:
-            self._schedule_waiting(output, budget)
+        self._make_room(output)
+        num_yielded = len(output.preempted)
+        prompt_budget = self._prompt_budget()
+        budget, prompt_budget = self._schedule_running(output, self.config.max_num_batched_tokens, prompt_budget)
+        if len(output.preempted) == num_yielded:
+            self._schedule_waiting(output, min(budget, prompt_budget))
         while not output.scheduled and self._preempt_parked(output):
             self._schedule_waiting(output, self.config.max_num_batched_tokens)
         return output
@@ -217,18 +229,66 @@ class Scheduler:
         held = {block_id: count for block_id, count in enumerate(self.pool._ref_cnt) if count}
         assert held == ref_cnt, f"held in the pool {held}, by requests and pins {ref_cnt}"
 
-    def _schedule_running(self, output: SchedulerOutput, budget: int) -> int:
-        # Those that need one token first: a long prompt must not make them wait for the next step.
-        for request in sorted(self.running, key=lambda r: r.num_uncomputed_tokens > 1):
+    def _prompt_budget(self) -> int:
+        """Tokens of prompts in this step. While others decode, these wait for as long as they would for a plain step of
+        theirs; for longer where more requests wait for their first token than decode, in that proportion.
+        """
+        most = self.config.max_num_batched_tokens
+        num_decoding = sum(request.num_uncomputed_tokens == 1 for request in self.running)
+        if self.prompt_tokens_per_step is None or num_decoding == 0:
+            return most
+        num_prompts = len(self.running) - num_decoding + len(self.waiting)
+        num_tokens = int(self.prompt_tokens_per_step * max(1.0, num_prompts / num_decoding))
+        return min(most, max(self.config.block_size, num_tokens))  # prompts go on, however slowly
+
+    def _schedule_running(self, output: SchedulerOutput, budget: int, prompt_budget: int) -> tuple[int, int]:
+        def later(request: Request) -> tuple[bool, bool]:
+            # Those that need one token first: a long prompt must not make them wait for the next step. Then prompts
+            # that this step completes: nor must it make those wait until it is through.
+            return request.num_uncomputed_tokens > 1, request.num_uncomputed_tokens > prompt_budget
+
+        leave = 2 if self.waiting and prompt_budget < self.config.max_num_batched_tokens else 1
+        for request in sorted(self.running, key=later):
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted for one before it
             num_tokens = self._num_to_schedule(request, budget)
+            is_prompt = request.num_uncomputed_tokens > 1
+            if is_prompt and num_tokens > prompt_budget:
+                num_tokens = -(-prompt_budget // leave)
             if num_tokens == 0:
                 continue
             if self._grow(request, request.num_computed_tokens + num_tokens, output):
                 self._take(request, num_tokens, output)
                 budget -= num_tokens
-        return budget
+                prompt_budget -= num_tokens if is_prompt else 0
+        return budget, prompt_budget
+
+    def _make_room(self, output: SchedulerOutput) -> None:
+        """Preempt for the first that waits, if that lets it in, running requests of a lower priority."""
+        lowest = max((request.priority for request in self.running), default=0)
+        if not self.waiting or self.waiting[0].priority >= lowest:
+            return
+        head = next((r for r in self.waiting if not r.is_parked and not self._is_being_computed(r)), None)
+        if head is None:
+            return
+        victims = sorted(
+            (r for r in self.running if r.priority > head.priority and not r.hold_blocks), key=_urgency, reverse=True
+        )
+        missing = self._num_missing_blocks(head)
+        num_seqs = len(self.running) + len(self.waiting_for_kv)
+        if missing > sum(len(victim.block_ids) for victim in victims):
+            return
+        for victim in victims:
+            if missing <= 0 and num_seqs < self.config.max_num_seqs:
+                break
+            self._preempt(victim)
+            output.preempted.append(victim)
+            missing, num_seqs = self._num_missing_blocks(head), num_seqs - 1
+
+    def _num_missing_blocks(self, request: Request) -> int:
+        """How many must be freed before _admit() succeeds; 0 or less: none."""
+        cached, num_new = self._find_blocks(request)
+        return num_new + self.pool.num_free_among(cached) - self.pool.num_free_blocks
 
     def _num_to_schedule(self, request: Request, budget: int) -> int:
         num_tokens = min(request.num_uncomputed_tokens, budget)
@@ -267,24 +327,27 @@ class Scheduler:
 
     def _admit(self, request: Request) -> bool:
         """Blocks for all known tokens (awaiting KV: and some output), cached ones shared; False if too few are free."""
-        block_size = self.config.block_size
-        if request.await_kv:
-            num_tokens = request.num_tokens + min(request.max_tokens, self.config.output_allowance_tokens)
-        else:
-            num_tokens = request.num_tokens
-        cached = self.pool.find_prefix(request.block_hashes(self._num_cacheable(request)))
-        num_new = self._num_blocks(num_tokens) - len(cached)
+        cached, num_new = self._find_blocks(request)
         if num_new + self.pool.num_free_among(cached) > self.pool.num_free_blocks:
             return False
         self.pool.share(cached)
         fresh = self.pool.allocate(num_new)
         assert fresh is not None
         request.block_ids = cached + fresh
-        request.num_computed_tokens = len(cached) * block_size
+        request.num_computed_tokens = len(cached) * self.config.block_size
         request.num_named_blocks = len(cached)
         if request.num_preemptions == 0:
             request.num_cached_tokens = request.num_computed_tokens
         return True
+
+    def _find_blocks(self, request: Request) -> tuple[list[int], int]:
+        """The cached blocks that it would share, and how many others it needs."""
+        if request.await_kv:
+            num_tokens = request.num_tokens + min(request.max_tokens, self.config.output_allowance_tokens)
+        else:
+            num_tokens = request.num_tokens
+        cached = self.pool.find_prefix(request.block_hashes(self._num_cacheable(request)))
+        return cached, self._num_blocks(num_tokens) - len(cached)
 
     def _num_cacheable(self, request: Request) -> int:
         """How many of its tokens may come from the cache."""
@@ -308,15 +371,16 @@ class Scheduler:
         )
 
     def _grow(self, request: Request, num_tokens: int, output: SchedulerOutput) -> bool:
-        """Blocks for num_tokens, preempting the youngest if need be; False if the request itself had to go."""
+        """Blocks for num_tokens, preempting the least urgent if need be; False if the request itself had to go."""
         missing = self._num_blocks(num_tokens) - len(request.block_ids)
         if missing <= 0:
             return True
         while (fresh := self.pool.allocate(missing)) is None:
             scheduled = {id(entry.request) for entry in output.scheduled}
-            victim = next(
-                (r for r in reversed(self.running) if not r.hold_blocks and (id(r) not in scheduled or r is request)),
-                request,
+            victim = max(
+                (r for r in self.running if not r.hold_blocks and (id(r) not in scheduled or r is request)),
+                key=_urgency,
+                default=request,
             )
             self._preempt(victim)
             output.preempted.append(victim)
@@ -345,7 +409,7 @@ class Scheduler:
         request.num_computed_tokens = 0
         request.num_preemptions += 1
         request.status = RequestStatus.WAITING
-        self.waiting.appendleft(request)
+        insort(self.waiting, request, key=_urgency)
 
     def _name_blocks(self, request: Request, num_computed_tokens: int) -> None:
         block_hashes = request.block_hashes(num_computed_tokens)
@@ -373,6 +437,11 @@ class Scheduler:
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.block_size)
+
+
+def _urgency(request: Request) -> tuple[int, int]:
+    """The least goes first."""
+    return request.priority, request.arrival
 
 
 def _finish_reason(request: Request) -> FinishReason | None:

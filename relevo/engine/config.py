@@ -25,6 +25,7 @@ class EngineConfig:
     kv_cache_memory: bytes
     max_num_seqs: requests computed at the same time
     max_num_batched_tokens: tokens computed in one step
+    step_stretch: how much longer than a step without prompts one with them may take, while others decode; inf: no limit
     load_format: dummy makes random weights from config.json alone, by `seed`
     passes: replace modules of transformers by faster ones that were shown to be equal
     quantization: of the weights, while loading; int8 halves what a decoded token has to read
@@ -39,6 +40,7 @@ class EngineConfig:
     kv_cache_memory: int = 1 << 30
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
+    step_stretch: float = 2.0
     load_format: LoadFormat = "auto"
     seed: int = 0
     device: Device = "auto"
@@ -60,6 +62,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise StartupError(f"{name} must be at least 1, not {value}")
+        if not self.step_stretch > 1.0:
+            raise StartupError(f"step_stretch must be above 1, not {self.step_stretch}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise StartupError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "

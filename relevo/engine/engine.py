@@ -110,6 +110,7 @@ class Engine:
         self.num_copied_blocks = 0  # for beams that part
         self._prefill_tokens_per_second = 0.0
         self._step_times = StepTimes()
+        self._step_stretch = config.step_stretch
         self._warm_up()
 
     def make_request(
@@ -122,12 +123,14 @@ class Engine:
         await_kv: bool = False,
         hold_blocks: bool = False,
         num_output_tokens: int = 0,
+        priority: int = 0,
     ) -> Request:
         """A request that this engine can serve. Any thread. Raises InvalidRequest naming what is wrong with it.
 
         sampling.seed must be set; sampling.max_tokens None becomes what is left of the context.
         num_output_tokens: how many of prompt_token_ids, the last ones, are output already: of a request that comes from
         another engine
+        priority: of those that wait the lowest goes first, and takes the place of higher ones that run
         A grammar is compiled from now on, in another thread; what is wrong with it ends the request.
         """
         num_prompt_tokens = len(prompt_token_ids) - num_output_tokens
@@ -163,6 +166,7 @@ class Engine:
             block_size=self.info.block_size,
             await_kv=await_kv,
             hold_blocks=hold_blocks,
+            priority=priority,
             grammar=(
                 start_matching(self._grammars, sampling.structured_outputs, stop_token_ids)
                 if sampling.structured_outputs is not None
@@ -340,6 +344,9 @@ class Engine:
             self._prefill_tokens_per_second = _mean(self._prefill_tokens_per_second, rate)
         elif output.num_scheduled_tokens == len(output.scheduled):
             self._step_times.add(len(output.scheduled), seconds)
+        plain_tokens = self._step_times.step_seconds * self._prefill_tokens_per_second
+        if plain_tokens and self._step_stretch < math.inf:
+            self.scheduler.prompt_tokens_per_step = (self._step_stretch - 1.0) * plain_tokens
 
     def _warm_up(self) -> None:
         """Compute a few tokens, so that the first request doesn't pay for what is set up lazily."""

@@ -110,10 +110,9 @@ class GrammarCompiler:
         vocabulary = self._load_vocabulary()
         started = time.thread_time()
         try:
-            source = llguidance_source(outputs)
-        except ValueError as error:
+            matcher = LLMatcher(vocabulary.tokenizer, llguidance_source(outputs), limits=_LIMITS, log_level=0)
+        except ValueError as error:  # also text that is no Unicode
             raise _invalid(str(error)) from error
-        matcher = LLMatcher(vocabulary.tokenizer, source, limits=_LIMITS, log_level=0)
         if not matcher.is_error():
             # A first mask tells whether any text fits; and its lexer's states are there for all copies.
             matcher.compute_bitmask()

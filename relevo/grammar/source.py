@@ -21,6 +21,13 @@ _START = '%llguidance {"no_forcing": true}\nstart: @body'
 
 def llguidance_source(outputs: StructuredOutputs) -> str:
     """A top-level grammar. Raises ValueError for what cannot even be read."""
+    try:
+        return json.dumps({"grammars": _grammars(outputs)}, ensure_ascii=False)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply (recursion limit)") from error
+
+
+def _grammars(outputs: StructuredOutputs) -> list[dict[str, Any]]:
     kind, source, is_compact = outputs.source
     body: dict[str, Any]
     if kind == "json":
@@ -35,13 +42,13 @@ def llguidance_source(outputs: StructuredOutputs) -> str:
     else:
         assert isinstance(source, str)
         body = {"lark_grammar": _lark(source)}
-    return json.dumps({"grammars": [{"lark_grammar": _START}, {**body, "name": "body"}]}, ensure_ascii=False)
+    return [{"lark_grammar": _START}, {**body, "name": "body"}]
 
 
 def _schema(text: str, *, is_compact: bool) -> dict[str, Any] | bool:
     try:
         schema = json.loads(text)
-    except (RecursionError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"the schema is no JSON: {error}") from error
     if schema is False:
         return False
@@ -58,6 +65,8 @@ def _lark(text: str) -> str:
     """Lark as it is, GBNF translated."""
     try:
         lark: str = any_to_lark(text)
+    except RecursionError:
+        raise
     except Exception as error:  # the translator raises nothing narrower
         raise ValueError(f"the grammar is neither Lark nor GBNF: {error}") from error
     return lark

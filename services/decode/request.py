@@ -58,6 +58,7 @@ class DecodeRequest:
             cache_salt=message.cache_salt,
             await_kv=takes_in,
             num_output_tokens=message.num_output_tokens,
+            priority=message.priority,
         )
         self._stages = DecodeStages(worker, self._request)
         self._num_tokens = 0  # given here

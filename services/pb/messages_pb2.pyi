@@ -334,6 +334,7 @@ class GenerationRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """for logs; unique in the fleet"""
@@ -345,6 +346,8 @@ class GenerationRequest(_message.Message):
     """The last of prompt_token_ids that are output already, from another worker: not given again, and counted as output by
     min_tokens, max_tokens, penalties and seeds. 0 = a new request.
     """
+    priority: _builtins.int
+    """of those that wait the lowest goes first, and takes the place of higher ones that run"""
     traceparent: _builtins.str
     """W3C trace context of the request; "" = it has none"""
     @_builtins.property
@@ -362,11 +365,12 @@ class GenerationRequest(_message.Message):
         cache_salt: _builtins.str = ...,
         timeout_ms: _builtins.int = ...,
         num_output_tokens: _builtins.int = ...,
+        priority: _builtins.int = ...,
         traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "num_output_tokens", b"num_output_tokens", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "timeout_ms", b"timeout_ms", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "num_output_tokens", b"num_output_tokens", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "timeout_ms", b"timeout_ms", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -64,6 +64,7 @@ class PrefillRequest:
             cache_salt=message.cache_salt,
             hold_blocks=True,
             num_output_tokens=message.num_output_tokens,
+            priority=message.priority,
         )
         self._num_tokens = len(message.prompt_token_ids)
         self._num_blocks = self._num_tokens // self._request.block_size

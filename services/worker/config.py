@@ -34,6 +34,11 @@ class WorkerSettings(FleetSettings):
     kv_cache_memory: ByteSize = Field(1 << 30, ge=1, description="memory of the KV cache, e.g. 4GiB")
     max_num_seqs: int = Field(64, ge=1, description="requests computed at the same time")
     max_num_batched_tokens: int = Field(512, ge=1, description="tokens computed in one step")
+    step_stretch: float = Field(
+        2.0,
+        gt=1,
+        description="a step with prompts may take so many times a plain one, while others decode; inf: no limit",
+    )
     load_format: LoadFormat = Field("auto", description="dummy: random weights, from config.json alone")
     seed: int = Field(0, ge=0, description="of dummy weights")
     device: Device = Field("auto", description="auto: cuda where there is one, else cpu")
@@ -73,6 +78,7 @@ class WorkerSettings(FleetSettings):
             kv_cache_memory=self.kv_cache_memory,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
+            step_stretch=self.step_stretch,
             load_format=self.load_format,
             seed=self.seed,
             device=self.device,

@@ -40,6 +40,7 @@ class EnginePort(Protocol):
         await_kv: bool = False,
         hold_blocks: bool = False,
         num_output_tokens: int = 0,
+        priority: int = 0,
     ) -> Request: ...
 
 

@@ -135,6 +135,65 @@ def test_held_blocks_stay_until_released() -> None:
     assert scheduler.pool.num_free_blocks == 4
 
 
+def test_the_most_urgent_goes_first_and_equals_as_they_came() -> None:
+    scheduler = make_scheduler(max_num_seqs=1)
+    for name, priority in (("a", 1), ("b", 0), ("c", 0), ("d", -1)):
+        scheduler.add(make_request(name, [1, 2], max_tokens=1, priority=priority))
+    order = [scheduled(step(scheduler)[0]) for _ in range(4)]
+    assert order == [{"d": 2}, {"b": 2}, {"c": 2}, {"a": 2}]
+
+
+def test_a_more_urgent_one_takes_the_place_of_the_least_urgent_which_ends_with_the_same_tokens() -> None:
+    scheduler = make_scheduler(num_blocks=9, max_num_seqs=2)
+    requests = {
+        name: make_request(name, range(start, start + 7), max_tokens=6, priority=priority)
+        for name, start, priority in (("low", 0, 2), ("mid", 20, 1))
+    }
+    for request in requests.values():
+        scheduler.add(request)
+    step(scheduler)
+    requests["high"] = make_request("high", range(50, 57), max_tokens=6, priority=0)
+    scheduler.add(requests["high"])
+    output, _ = step(scheduler)
+    assert [request.request_id for request in output.preempted] == ["low"]
+    assert scheduled(output) == {"mid": 1, "high": 7}
+    for _ in range(20):
+        step(scheduler)
+    for request in requests.values():
+        assert request.output_token_ids == [1000 + 7 + i for i in range(6)]
+    assert scheduler.pool.num_free_blocks == scheduler.pool.num_blocks
+
+
+def test_nobody_is_preempted_for_an_equal_or_in_vain() -> None:
+    scheduler = make_scheduler(num_blocks=8, max_num_seqs=4)
+    scheduler.add(make_request("urgent", range(20), max_tokens=4, priority=-1))  # 5 blocks, 6 in the end
+    scheduler.add(make_request("low", range(50, 54), max_tokens=2, priority=3))
+    step(scheduler)
+    scheduler.add(make_request("equal", range(90, 98), max_tokens=1, priority=3))
+    scheduler.add(make_request("too long", range(70, 90), max_tokens=1, priority=2))
+    assert step(scheduler)[0].preempted == []
+
+
+def test_while_others_decode_a_prompt_takes_as_long_as_their_plain_step() -> None:
+    scheduler = make_scheduler(num_blocks=100, max_num_seqs=8, max_num_batched_tokens=64)
+    scheduler.add(make_request("alone", range(200, 240), max_tokens=1))
+    scheduler.prompt_tokens_per_step = 10.0
+    assert scheduled(step(scheduler)[0]) == {"alone": 40}  # nobody decodes
+    for i in range(4):
+        scheduler.add(make_request(f"chat{i}", [i], max_tokens=40))
+    step(scheduler)
+    scheduler.add(make_request("long", range(100), max_tokens=1))
+    chats = {f"chat{i}": 1 for i in range(4)}
+    assert scheduled(step(scheduler)[0]) == {**chats, "long": 10}
+    scheduler.add(make_request("short", range(300, 303), max_tokens=3))
+    assert scheduled(step(scheduler)[0]) == {**chats, "long": 5, "short": 3}  # a long prompt keeps no other out
+    assert scheduled(step(scheduler)[0]) == {**chats, "short": 1, "long": 10}
+    for i in range(10):  # many wait for their first token, few decode: they go on sooner
+        scheduler.add(make_request(f"more{i}", range(400 + 50 * i, 440 + 50 * i), max_tokens=1))
+    output, _ = step(scheduler)
+    assert 11 / 5 * 10 - 1 <= output.num_scheduled_tokens - 5 <= 11 / 5 * 10 + 1
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Random requests, resumptions, cancellations and steps on a pool that is too small for all of them at once."""
 
@@ -150,8 +209,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         length=st.integers(1, 18),
         max_tokens=st.integers(1, 8),
         kind=st.sampled_from(["plain", "await", "hold", "await_hold"]),
+        priority=st.integers(-1, 1),
     )
-    def add(self, prefix: int, length: int, max_tokens: int, kind: str) -> None:
+    def add(self, prefix: int, length: int, max_tokens: int, kind: str, priority: int) -> None:
         self.count += 1
         hold = "hold" in kind
         request = make_request(
@@ -160,13 +220,19 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_tokens=1 if hold else max_tokens,
             await_kv="await" in kind,
             hold_blocks=hold,
+            priority=priority,
         )
         self.scheduler.add(request)
         self.open[request.request_id] = request
 
+    @rule(num_tokens=st.none() | st.floats(0.1, 8.0))
+    def measure(self, num_tokens: float | None) -> None:
+        self.scheduler.prompt_tokens_per_step = num_tokens
+
     @rule()
     def step(self) -> None:
         output = self.scheduler.schedule()
+        assert list(self.scheduler.waiting) == sorted(self.scheduler.waiting, key=lambda r: (r.priority, r.arrival))
         assert output.num_scheduled_tokens <= self.scheduler.config.max_num_batched_tokens
         assert len({id(entry.request) for entry in output.scheduled}) == len(output.scheduled)
         for entry in output.scheduled:

@@ -23,6 +23,7 @@ def make_request(
     await_kv: bool = False,
     hold_blocks: bool = False,
     cache_salt: str = "",
+    priority: int = 0,
 ) -> Request:
     return Request(
         request_id=request_id,
@@ -35,6 +36,7 @@ def make_request(
         block_size=block_size,
         await_kv=await_kv,
         hold_blocks=hold_blocks,
+        priority=priority,
     )
 
 

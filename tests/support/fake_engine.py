@@ -103,6 +103,7 @@ class FakeEngine:
         await_kv: bool = False,
         hold_blocks: bool = False,
         num_output_tokens: int = 0,
+        priority: int = 0,
     ) -> Request:
         num_prompt_tokens = len(prompt_token_ids) - num_output_tokens
         room = self.info.max_model_len - num_prompt_tokens

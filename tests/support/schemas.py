@@ -1,4 +1,4 @@
-"""Random JSON schemas, the same for the same seed: nested, enums, bounds, patterns, optional properties and $ref."""
+"""Random JSON schemas, the same for the same seed: nested, with enums, bounds, patterns, options and $ref."""
 
 from __future__ import annotations
 

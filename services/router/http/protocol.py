@@ -161,7 +161,10 @@ class SamplingBody(RequestBody):
     stream_options: StreamOptions | None = None
     cache_salt: str = Field("", max_length=256, description="Only requests with the same salt share cached blocks.")
     priority: int = Field(
-        0, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Where the fleet is full, the lowest goes first."
+        0,
+        ge=-MAX_PRIORITY,
+        le=MAX_PRIORITY,
+        description="Where something is full, the lowest goes first; on a worker it takes the place of higher ones.",
     )
     user: str | None = Field(None, description="Not used.")
 

@@ -183,6 +183,7 @@ class Serving:
                     sampling=sampling_to_proto(own, max_tokens=max_tokens, seed=choice_seed(seed, nth)),
                     cache_salt=exchange.key_salt + body.cache_salt,
                     timeout_ms=timeout_ms,
+                    priority=body.priority,
                     traceparent=traceparent,
                 )
                 planned.append((prompt_index, request))
