@@ -23,8 +23,10 @@ from relevo.kv import app as kv_app
 from relevo.model_files import resolve_model
 from relevo.stack import Stack, StackConfig
 from relevo.terminal.commands import chat, top
+from relevo.trace import trace
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.command()(trace)
 app.add_typer(bench_app, name="bench")
 app.add_typer(kv_app, name="kv")
 app.add_typer(chaos_app, name="chaos")
@@ -262,6 +264,7 @@ def _print_started(stack: Stack, model: str, seconds: float) -> None:
     body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": "What does os.path.join do?"}]}
     has_keys = stack.config.api_key or "api-keys-file" in stack.config.router_options
     key = " -H 'Authorization: Bearer '\"$RELEVO_API_KEY\"" if has_keys else ""
+    print(f"\nSee it: {stack.endpoint}/ui")
     print(f"\nTry it:\n\n  curl {stack.endpoint}/v1/chat/completions{key} -H 'Content-Type: application/json' \\")
     print(f"    -d '{json.dumps(body)}'\n\nCtrl-C stops it.", flush=True)
 

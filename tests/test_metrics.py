@@ -18,6 +18,7 @@ from services.router.fleet_metrics import FleetCollector
 from services.router.http.connection import ConnectionMetrics
 from services.router.http.metrics import EdgeMetrics
 from services.router.route_log import Predictions
+from services.router.tracing import Tracer, TracingConfig
 from services.worker.metrics import WorkerCollector
 from tests.support.agents import running_agent
 from tests.workers.harness import running_local_decode
@@ -53,6 +54,10 @@ async def test_workers_figures() -> None:
         assert exported(render_metrics(registry)[0]) == documented("Workers")
 
 
+class NoQueue:
+    pass
+
+
 async def test_routers_figures() -> None:
     registry = CollectorRegistry()
     registry.register(FleetCollector(Fleet(StaticDiscovery({})), asyncio.get_running_loop()))
@@ -60,5 +65,6 @@ async def test_routers_figures() -> None:
     ConnectionMetrics(registry)
     AdmissionMetrics(registry)
     Predictions(registry)
+    Tracer(TracingConfig(), NoQueue(), registry)  # type: ignore[arg-type]
     registry.register(LoopLag().metric)
     assert exported(render_metrics(registry)[0]) == documented("Router")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from typing import Any
 
 from relevo.core.beam_search import EarlyStopping
 from relevo.core.errors import InvalidRequest
@@ -15,6 +17,27 @@ MAX_LOGPROBS = 20
 MAX_LOGPROB_TOKEN_IDS = 128
 MAX_SEED = 2**63 - 1
 MAX_CHOICES = 128
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsProcessorCall:
+    """A custom processor by its entry point's name. arguments: {"args": […], "kwargs": {…}} as JSON, "" = none"""
+
+    name: str
+    arguments: str = ""
+
+    @property
+    def args(self) -> list[Any]:
+        return list(self._parsed.get("args", ()))
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        return dict(self._parsed.get("kwargs", {}))
+
+    @property
+    def _parsed(self) -> dict[str, Any]:
+        parsed: dict[str, Any] = json.loads(self.arguments) if self.arguments else {}
+        return parsed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +60,7 @@ class SamplingParams:
     best_of: so many are made, and the n likeliest kept; None = n
     use_beam_search: the n best of `best_of` hypotheses, as transformers' num_beams, length_penalty and early_stopping;
         temperature, top_p, top_k, min_p and seed mean nothing then
+    logits_processors: custom ones, by entry point; see relevo.engine.logits_processors
     truncate_prompt_tokens: keep so many of the prompt's last tokens; -1 = as many as the model takes beside max_tokens
 
     Raises InvalidRequest naming the parameter, its value and what is allowed.
@@ -70,6 +94,7 @@ class SamplingParams:
     use_beam_search: bool = False
     length_penalty: float = 1.0
     early_stopping: EarlyStopping = False
+    logits_processors: tuple[LogitsProcessorCall, ...] = ()
     structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:

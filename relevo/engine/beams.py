@@ -38,6 +38,10 @@ class EndedBeams:
     request: Request
     beams: list[Beam]
 
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
 
 def beam_candidates(kernels: Kernels, logits: Tensor, row: SamplingRow) -> BeamCandidates:
     """The likeliest tokens after one hypothesis; as in transformers, parameters change log-probabilities here.

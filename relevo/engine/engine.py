@@ -22,6 +22,7 @@ from relevo.core.step_times import StepTimes
 from relevo.engine.beams import BeamCandidates, BeamGroups, EndedBeams
 from relevo.engine.config import EngineConfig, EngineInfo
 from relevo.engine.kv_cache import KVCache
+from relevo.engine.logits_processors import make_processor
 from relevo.engine.model_runner import ModelRunner, RunResult
 from relevo.engine.prompt_logprobs import max_rows
 from relevo.engine.sampler import SampledToken, Sampler
@@ -148,6 +149,8 @@ class Engine:
             raise InvalidRequest(f"token ids must be from 0 to {self.info.vocab_size - 1}", "prompt")
         if sampling.seed is None:
             raise InvalidRequest("seed must be set where a request reaches the engine", "seed")
+        for call in sampling.logits_processors:
+            make_processor(call)
         room = max_model_len - num_prompt_tokens
         max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
         if num_output_tokens >= max_tokens:

@@ -19,6 +19,7 @@ from torch import Tensor
 from relevo.core.errors import RelevoError
 from relevo.core.output_grammar import OutputGrammar
 from relevo.core.sampling_params import SamplingParams
+from relevo.engine.logits_processors import apply_processor
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,9 @@ def process_row(logits: Tensor, row: SamplingRow) -> None:
     if _below_min_tokens(row):
         stops = sampling.stop_token_ids if sampling.ignore_eos else (*row.eos_token_ids, *sampling.stop_token_ids)
         logits[_ids(stops, vocab_size, logits.device)] = -math.inf
+    for call in sampling.logits_processors:
+        prompt, output = row.token_ids[: row.num_prompt_tokens], row.token_ids[row.num_prompt_tokens :]
+        logits.copy_(apply_processor(call, prompt, output, logits.clone()))
     _penalize(logits, row)
 
 
@@ -108,7 +112,7 @@ def _changes_logits(row: SamplingRow) -> bool:
     sampling = row.sampling
     return (
         sampling.allowed_token_ids is not None
-        or bool(sampling.bad_words_token_ids or sampling.logit_bias)
+        or bool(sampling.bad_words_token_ids or sampling.logit_bias or sampling.logits_processors)
         or sampling.needs_penalties
         or _below_min_tokens(row)
     )

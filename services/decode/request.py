@@ -6,6 +6,7 @@ import asyncio
 import logging
 
 from relevo.core.errors import InvalidRequest, Mismatch, RelevoError
+from relevo.engine.beams import EndedBeams
 from relevo.engine.step_result import Chunk, Computed, EndedRequest, NewTokens, PromptLogprobs, Reserved
 from services.common.telemetry import enter_trace, trace_id_of
 from services.decode.intake import Intake
@@ -13,7 +14,7 @@ from services.decode.stages import DecodeStages
 from services.pb.decode_pb2 import Accepted, DecodeCommand, DecodeUpdate, SubmitDecode
 from services.pb.decode_pb2 import PromptLogprobs as PromptLogprobsMessage
 from services.worker.deadline import Deadline
-from services.worker.messages import failed, finished, logprobs_to_pb, sampling_from_pb, tokens_to_pb
+from services.worker.messages import beam_parts, failed, finished, logprobs_to_pb, sampling_from_pb, tokens_to_pb
 from services.worker.ports import Admitted, Event
 from services.worker.receiving import BlockReceiver
 from services.worker.session import Reply
@@ -41,8 +42,8 @@ class DecodeRequest:
         is_split = submit.HasField("ticket")
         # Logits come of computing, not of KV.
         computes_all = message.sampling.HasField("prompt_logprobs")
-        if is_split and computes_all:
-            raise InvalidRequest("a request that is split has no prompt_logprobs", "prompt_logprobs")
+        if is_split and (computes_all or message.sampling.num_beams):
+            raise InvalidRequest("a request that is split has no prompt_logprobs and no beams", "prompt_logprobs")
         takes_in = is_split or (submit.HasField("fetch") and receiver is not None and not computes_all)
         if is_split and receiver is None:
             raise Mismatch("this decode worker has no KV agent (--kv-agent): it takes no split requests")
@@ -104,6 +105,10 @@ class DecodeRequest:
             case PromptLogprobs():
                 logprobs = PromptLogprobsMessage(logprobs=logprobs_to_pb(event.logprobs))
                 self._reply.send(DecodeUpdate(handle=self._reply.handle, prompt_logprobs=logprobs))
+            case EndedBeams():
+                for index, beam in enumerate(event.beams):
+                    for part in beam_parts(index, beam):
+                        self._reply.send(DecodeUpdate(handle=self._reply.handle, beam=part))
             case NewTokens():
                 self._num_tokens += len(event.token_ids)
                 tokens = tokens_to_pb(event, self._stages.tokens())
@@ -152,6 +157,7 @@ class DecodeRequest:
         num_cached_tokens = min(
             self._request.num_prompt_tokens, max(ended.num_cached_tokens, self._num_taken_in_tokens)
         )
+        self._worker.count_prompt(self._request.num_prompt_tokens, num_cached_tokens)
         self._error = self._error or ended.error
         stages = self._stages.ended(self._num_tokens)
         if self._error is None:

@@ -201,6 +201,7 @@ class DecodeUpdate(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     ENDED_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    BEAM_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     @_builtins.property
     def accepted(self) -> Global___Accepted: ...
@@ -210,6 +211,8 @@ class DecodeUpdate(_message.Message):
     def ended(self) -> _messages_pb2.Ended: ...
     @_builtins.property
     def prompt_logprobs(self) -> Global___PromptLogprobs: ...
+    @_builtins.property
+    def beam(self) -> Global___Beam: ...
     def __init__(
         self,
         *,
@@ -218,16 +221,50 @@ class DecodeUpdate(_message.Message):
         tokens: _messages_pb2.Tokens | None = ...,
         ended: _messages_pb2.Ended | None = ...,
         prompt_logprobs: Global___PromptLogprobs | None = ...,
+        beam: Global___Beam | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "ended", b"ended", "prompt_logprobs", b"prompt_logprobs", "tokens", b"tokens", "update", b"update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "beam", b"beam", "ended", b"ended", "prompt_logprobs", b"prompt_logprobs", "tokens", b"tokens", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "ended", b"ended", "handle", b"handle", "prompt_logprobs", b"prompt_logprobs", "tokens", b"tokens", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "beam", b"beam", "ended", b"ended", "handle", b"handle", "prompt_logprobs", b"prompt_logprobs", "tokens", b"tokens", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["accepted", "tokens", "ended", "prompt_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["accepted", "tokens", "ended", "prompt_logprobs", "beam"]  # noqa: Y015
     _WhichOneofArgType_update: _TypeAlias = _typing.Literal["update", b"update"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_update) -> _WhichOneofReturnType_update | None: ...
 
 Global___DecodeUpdate: _TypeAlias = DecodeUpdate  # noqa: Y015
+
+@_typing.final
+class Beam(_message.Message):
+    """A part of a finished hypothesis, the best one first; all of them come right before Ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    FINISH_REASON_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    finish_reason: _messages_pb2.FinishReason.ValueType
+    """with its last part"""
+    score: _builtins.float
+    """as transformers' sequences_scores"""
+    @_builtins.property
+    def tokens(self) -> _messages_pb2.Tokens: ...
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        tokens: _messages_pb2.Tokens | None = ...,
+        finish_reason: _messages_pb2.FinishReason.ValueType = ...,
+        score: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "index", b"index", "score", b"score", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Beam: _TypeAlias = Beam  # noqa: Y015
 
 @_typing.final
 class PromptLogprobs(_message.Message):

@@ -19,6 +19,30 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _EarlyStopping:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EarlyStoppingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EarlyStopping.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EARLY_STOPPING_NO: _EarlyStopping.ValueType  # 0
+    """when no running beam is likely to get among the finished ones"""
+    EARLY_STOPPING_YES: _EarlyStopping.ValueType  # 1
+    """when as many beams have finished as are searched"""
+    EARLY_STOPPING_NEVER: _EarlyStopping.ValueType  # 2
+    """when no running beam can get among the finished ones"""
+
+class EarlyStopping(_EarlyStopping, metaclass=_EarlyStoppingEnumTypeWrapper):
+    """When a beam search is over, as in transformers."""
+
+EARLY_STOPPING_NO: EarlyStopping.ValueType  # 0
+"""when no running beam is likely to get among the finished ones"""
+EARLY_STOPPING_YES: EarlyStopping.ValueType  # 1
+"""when as many beams have finished as are searched"""
+EARLY_STOPPING_NEVER: EarlyStopping.ValueType  # 2
+"""when no running beam can get among the finished ones"""
+Global___EarlyStopping: _TypeAlias = EarlyStopping  # noqa: Y015
+
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -88,6 +112,11 @@ class SamplingParams(_message.Message):
     BAD_WORDS_FIELD_NUMBER: _builtins.int
     LOGPROB_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    NUM_BEAMS_FIELD_NUMBER: _builtins.int
+    NUM_ANSWERS_FIELD_NUMBER: _builtins.int
+    LENGTH_PENALTY_FIELD_NUMBER: _builtins.int
+    EARLY_STOPPING_FIELD_NUMBER: _builtins.int
+    LOGITS_PROCESSORS_FIELD_NUMBER: _builtins.int
     STRUCTURED_OUTPUTS_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
     """at least 1"""
@@ -114,6 +143,11 @@ class SamplingParams(_message.Message):
     ignore_eos: _builtins.bool
     prompt_logprobs: _builtins.int
     """As logprobs, of the prompt's tokens but the first. All of the prompt is computed then, and never fetched."""
+    num_beams: _builtins.int
+    """Beam search, at decode alone: nothing is given before its end, and then the best `num_answers` of the beams. 0 = none."""
+    num_answers: _builtins.int
+    length_penalty: _builtins.float
+    early_stopping: Global___EarlyStopping.ValueType
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
         """added to the logit of a token id"""
@@ -131,6 +165,10 @@ class SamplingParams(_message.Message):
     @_builtins.property
     def logprob_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """with logprobs: `top` has these, in this order, and not the likeliest"""
+
+    @_builtins.property
+    def logits_processors(self) -> _containers.RepeatedCompositeFieldContainer[Global___LogitsProcessor]:
+        """custom ones, in this order"""
 
     @_builtins.property
     def structured_outputs(self) -> Global___StructuredOutputs:
@@ -157,11 +195,16 @@ class SamplingParams(_message.Message):
         bad_words: _abc.Iterable[Global___TokenSequence] | None = ...,
         logprob_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         prompt_logprobs: _builtins.int | None = ...,
+        num_beams: _builtins.int = ...,
+        num_answers: _builtins.int = ...,
+        length_penalty: _builtins.float = ...,
+        early_stopping: Global___EarlyStopping.ValueType = ...,
+        logits_processors: _abc.Iterable[Global___LogitsProcessor] | None = ...,
         structured_outputs: Global___StructuredOutputs | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "structured_outputs", b"structured_outputs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "allowed_token_ids", b"allowed_token_ids", "bad_words", b"bad_words", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "logit_bias", b"logit_bias", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "structured_outputs", b"structured_outputs", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "allowed_token_ids", b"allowed_token_ids", "bad_words", b"bad_words", "early_stopping", b"early_stopping", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "length_penalty", b"length_penalty", "logit_bias", b"logit_bias", "logits_processors", b"logits_processors", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "num_answers", b"num_answers", "num_beams", b"num_beams", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "structured_outputs", b"structured_outputs", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
@@ -173,6 +216,31 @@ class SamplingParams(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_logprobs) -> _WhichOneofReturnType__prompt_logprobs | None: ...
 
 Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
+
+@_typing.final
+class LogitsProcessor(_message.Message):
+    """By the name of its entry point, in the group relevo.logits_processors."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ARGUMENTS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    arguments: _builtins.str
+    """{"args": […], "kwargs": {…}}; "" = none"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        arguments: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogitsProcessor: _TypeAlias = LogitsProcessor  # noqa: Y015
 
 @_typing.final
 class TokenSequence(_message.Message):

@@ -9,6 +9,7 @@ import time
 from relevo.core.block_hash import BlockHash
 from relevo.core.errors import InvalidRequest, RelevoError
 from relevo.core.request import FinishReason
+from relevo.engine.beams import EndedBeams
 from relevo.engine.step_result import Chunk, Computed, EndedRequest, NewTokens, PromptLogprobs, Reserved
 from services.common.telemetry import enter_trace, trace_id_of
 from services.kvtransfer.client import KvAgentClient
@@ -43,6 +44,8 @@ class PrefillRequest:
         reply: Reply[PrefillUpdate],
     ) -> None:
         message = submit.request
+        if message.sampling.num_beams or message.sampling.HasField("prompt_logprobs"):
+            raise InvalidRequest("beam searches and prompts' logprobs are decode's alone", "use_beam_search")
         self._stages = Stages()
         self._waits_since: float | None = None  # in the engine's queue
         self._worker = worker
@@ -121,7 +124,7 @@ class PrefillRequest:
                 self._changed.set()
                 if self._is_aborted:
                     self._end()
-            case Admitted() | PromptLogprobs():
+            case Admitted() | PromptLogprobs() | EndedBeams():
                 pass
 
     async def _run(self) -> None:
@@ -226,6 +229,7 @@ class PrefillRequest:
 
     def _last_word(self) -> Ended:
         num_cached_tokens = max(self._ended.num_cached_tokens if self._ended else 0, self._num_present_tokens)
+        self._worker.count_prompt(self._num_tokens, num_cached_tokens)
         self._stages.add("prefill", self._stages.received_at, time.monotonic())
         stages = self._stages.take()
         if self._error is not None:

@@ -13,7 +13,7 @@ from relevo.core.worker_load import PromptWork
 from services.common.errors import error_from_proto
 from services.pb import decode_pb2, messages_pb2
 from services.router.connection import WorkerConnection
-from services.router.generation import EndEvent, TokensEvent
+from services.router.generation import Beam, EndEvent, TokensEvent
 from services.router.request_stream import RequestInbox, Update, WorkerCall
 from services.router.timeline import Timeline, WorkerTimes
 
@@ -67,6 +67,7 @@ class DirectAttempt:
         self._call: WorkerCall | None = None
         self._times: WorkerTimes | None = None
         self._num_cached_tokens = 0
+        self._beams: list[list[decode_pb2.Beam]] = []  # of a beam search: its answers, in parts
         self._prompt_logprobs: list[messages_pb2.TokenLogprobs] = []  # until the first token
 
     def start(self) -> None:
@@ -89,6 +90,14 @@ class DirectAttempt:
             self._num_cached_tokens = update.accepted.num_cached_blocks * self._decode.info.block_size
         elif update.HasField("ended"):  # with what it took from an agent
             self._num_cached_tokens = max(self._num_cached_tokens, update.ended.num_cached_tokens)
+            if self._beams:
+                end = end_event(update.ended, self._num_cached_tokens)
+                beams = [_joined(parts) for parts in self._beams]
+                return (replace(end, beams=beams, prompt_logprobs=self._prompt_logprobs),)
+        elif update.HasField("beam"):
+            if update.beam.index == len(self._beams):
+                self._beams.append([])
+            self._beams[update.beam.index].append(update.beam)
         elif update.HasField("prompt_logprobs"):
             self._prompt_logprobs += update.prompt_logprobs.logprobs
         elif update.HasField("tokens") and self._prompt_logprobs:
@@ -100,6 +109,15 @@ class DirectAttempt:
     def cancel(self) -> None:
         if self._call is not None:
             self._call.cancel()
+
+
+def _joined(parts: Sequence[decode_pb2.Beam]) -> Beam:
+    return Beam(
+        [token_id for part in parts for token_id in part.tokens.token_ids],
+        [entry for part in parts for entry in part.tokens.logprobs],
+        _FINISH_REASONS[parts[-1].finish_reason],
+        parts[-1].score,
+    )
 
 
 def note_decode(times: WorkerTimes, update: decode_pb2.DecodeUpdate) -> None:

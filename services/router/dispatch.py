@@ -198,7 +198,12 @@ class RoutedGeneration:
         while True:
             news = self._fleet.news
             placement = await self._planner.place(
-                self._prompt, num_tokens, self._refusals, self._loop.time(), whole=self._is_computed_whole
+                self._prompt,
+                num_tokens,
+                self._refusals,
+                self._loop.time(),
+                split=not self._request.sampling.num_beams,
+                whole=self._request.sampling.HasField("prompt_logprobs"),
             )
             if self._is_over:  # the client left, or the time did, while the prompt was hashed
                 await self._inbox.take()
@@ -207,10 +212,6 @@ class RoutedGeneration:
             if not self._output or self._loop.time() >= patience:
                 raise self._nobody_left()
             await _first_of(news, self._over, timeout_seconds=patience - self._loop.time())
-
-    @property
-    def _is_computed_whole(self) -> bool:
-        return self._request.sampling.HasField("prompt_logprobs")
 
     def _check(self) -> None:
         """The edge has looked already; what comes here wrong all the same must not reach a worker."""

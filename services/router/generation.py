@@ -27,14 +27,28 @@ class TokensEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class Beam:
+    """One answer of a beam search."""
+
+    token_ids: Sequence[int]
+    logprobs: Sequence[messages_pb2.TokenLogprobs]
+    finish_reason: FinishReason
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
 class EndEvent:
     """The last event of a generation that did not fail.
 
     num_cached_tokens: tokens of the prompt whose KV was not computed for this request
+    beams: of a beam search, the best first; it gives no TokensEvents
+    prompt_logprobs: of a beam search, if asked for
     """
 
     finish_reason: FinishReason
     num_cached_tokens: int = 0
+    beams: Sequence[Beam] = ()
+    prompt_logprobs: Sequence[messages_pb2.TokenLogprobs] = ()
 
 
 class Generation(Protocol):

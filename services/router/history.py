@@ -119,7 +119,7 @@ class History:
         num_new = record.num_output_tokens - num_before
         best = record.routes[-1].placement.best
         if not num_before:  # its first token came since
-            self._ttfts.append((record.first_token_at, 1e3 * (record.first_token_at - record.started)))
+            self._ttfts.append((record.first_token_at, 1e3 * (record.first_token_at - record.timeline.arrived)))
             since.num_first_tokens += 1
             since.num_prompt_tokens += record.num_prompt_tokens
             flow = since.flows[best.prefill or best.decode]
@@ -158,9 +158,9 @@ def describe_request(record: RouteRecord) -> Mapping[str, Any]:
         "num_prompt_tokens": record.num_prompt_tokens,
         "num_cached_tokens": cached,
         "num_output_tokens": record.num_output_tokens,
-        "ttft_ms": None if first is None else round(1e3 * (first - record.started), 2),
+        "ttft_ms": None if first is None else round(1e3 * (first - record.timeline.arrived), 2),
         "tpot_ms": None if tpot_ms is None else round(tpot_ms, 2),
-        "total_ms": None if ended is None else round(1e3 * (ended - record.started), 2),
+        "total_ms": None if ended is None else round(1e3 * (ended - record.timeline.arrived), 2),
         "state": "ended" if ended is not None else "waiting" if first is None else "streaming",
         "outcome": record.outcome or None,
         "prefill": None if best is None else best.prefill,

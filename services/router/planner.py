@@ -24,14 +24,22 @@ class Planner:
     predictions: Predictions
 
     async def place(
-        self, prompt: Prompt, num_tokens: int, without: Collection[str], now: float, *, whole: bool = False
+        self,
+        prompt: Prompt,
+        num_tokens: int,
+        without: Collection[str],
+        now: float,
+        *,
+        split: bool = True,
+        whole: bool = False,
     ) -> Placement | None:
         """without: incarnations of decode workers that have refused. now: on the event loop's clock.
 
+        split: prefill may compute the prompt, and choose the first token
         whole: decode has to compute all of the prompt, whatever is cached: for its logits
         """
         fleet = self.fleet
-        prefills = [] if whole else fleet.candidates(PREFILL)
+        prefills = [] if whole or not split else fleet.candidates(PREFILL)
         decodes = [
             worker for worker in fleet.candidates(DECODE) if worker.info and worker.info.incarnation not in without
         ]

@@ -49,7 +49,7 @@ class Route:
 
 @dataclass(slots=True, eq=False)
 class RouteRecord:
-    """placed_at: seconds since 1970. started, first_token_at, last_token_at, ended_at: seconds, on time.perf_counter
+    """placed_at: seconds since 1970. first_token_at, last_token_at, ended_at: seconds, on time.perf_counter
 
     outcome: "stop" or "length"; "closed" if its reader wanted no more (a stop string, or the client left); else why it
     failed. "": it has not ended
@@ -61,7 +61,6 @@ class RouteRecord:
     routes: list[Route] = field(default_factory=list)
     timeline: Timeline = field(default_factory=Timeline)
     num_output_tokens: int = 0
-    started: float = field(default_factory=time.perf_counter)
     first_token_at: float | None = None
     last_token_at: float = 0.0
     ended_at: float | None = None
@@ -118,7 +117,7 @@ class Predictions:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         def histogram(name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"relevo_route_{name}", what, buckets=buckets, registry=registry)
+            return Histogram(f"relevo_router_{name}", what, buckets=buckets, registry=registry)
 
         self._predicted_ttft = histogram(
             "predicted_ttft_seconds", "From placement to the first token, as predicted.", _TTFT_BUCKETS

@@ -18,6 +18,7 @@ MAX_PROGRESS = 128  # such events
 # What a stage of the way to the first token counts as. The first that claims a moment has it; what nobody claims is
 # `relay`: messages between processes, and what router and workers do with them.
 _TTFT_PARTS = (
+    ("arrive", "arrive"),
     ("receive", "receive"),
     ("tokenize", "tokenize"),
     ("place", "place"),
@@ -107,7 +108,8 @@ class WorkerTimes:
 
 
 class Timeline:
-    """arrived: of the HTTP request, on the clock of time.perf_counter, as all times here.
+    """arrived: of the HTTP request, on the clock of time.perf_counter, as all times here; earlier, if its
+    X-Request-Start said so.
 
     first_at, second_at: when the tokens were given to the client's connection
     """

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from relevo.core.beam_search import EarlyStopping
 from relevo.core.errors import RelevoError
 from relevo.core.request import FinishReason
-from relevo.core.sampling_params import SamplingParams
+from relevo.core.sampling_params import LogitsProcessorCall, SamplingParams
 from services.common.errors import error_to_proto
 from services.common.structured_outputs import structured_outputs_from_proto
 from services.pb import messages_pb2 as pb
+from services.pb.decode_pb2 import Beam as BeamPart
 
 if TYPE_CHECKING:
+    from relevo.engine.beams import Beam
     from relevo.engine.logprobs import TokenLogprobs
     from relevo.engine.step_result import EngineLoad, NewTokens
 
@@ -21,6 +24,22 @@ _FINISH_REASONS = {
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
     FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
 }
+
+
+_EARLY_STOPPING: dict[int, EarlyStopping] = {pb.EARLY_STOPPING_YES: True, pb.EARLY_STOPPING_NEVER: "never"}
+_MAX_BEAM_TOKENS = 512  # in one message
+
+
+def beam_parts(index: int, beam: Beam) -> Iterator[BeamPart]:
+    """A hypothesis in messages of a bounded size."""
+    for start in range(0, len(beam.token_ids), _MAX_BEAM_TOKENS):
+        end = start + _MAX_BEAM_TOKENS
+        logprobs = logprobs_to_pb(beam.logprobs[start:end])
+        tokens = pb.Tokens(token_ids=beam.token_ids[start:end], logprobs=logprobs)
+        part = BeamPart(index=index, tokens=tokens, score=beam.score)
+        if end >= len(beam.token_ids):
+            part.finish_reason = _FINISH_REASONS[beam.finish_reason]
+        yield part
 
 
 def sampling_from_pb(message: pb.SamplingParams, *, max_tokens: int | None = None) -> SamplingParams:
@@ -48,6 +67,12 @@ def sampling_from_pb(message: pb.SamplingParams, *, max_tokens: int | None = Non
         bad_words_token_ids=tuple(tuple(word.token_ids) for word in message.bad_words),
         logprob_token_ids=tuple(message.logprob_token_ids),
         prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+        use_beam_search=message.num_beams > 0,
+        n=message.num_answers or 1,
+        best_of=message.num_beams or None,
+        length_penalty=message.length_penalty,
+        logits_processors=tuple(LogitsProcessorCall(each.name, each.arguments) for each in message.logits_processors),
+        early_stopping=_EARLY_STOPPING.get(message.early_stopping, False),
         structured_outputs=structured_outputs_from_proto(message),
     )
 

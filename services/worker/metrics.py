@@ -19,9 +19,23 @@ class WorkerCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         load = self._worker.load
+        num_blocks = self._worker.engine.info.num_blocks
         for name, text, value in (
-            ("requests_running", "Requests that have KV blocks", load.num_running),
-            ("requests_waiting", "Requests that have none yet", load.num_waiting),
+            ("num_requests_running", "Requests that have KV blocks", load.num_running),
+            ("num_requests_waiting", "Requests that have none yet", load.num_waiting),
+            (
+                "kv_cache_usage_ratio",
+                "Share of the KV blocks that requests hold",
+                1 - load.num_free_blocks / num_blocks,
+            ),
+        ):
+            yield GaugeMetricFamily(f"relevo_{name}", text, value=value)
+        for name, text, count in (
+            ("queries", "Tokens of prompts that were looked up in the KV cache", self._worker.num_prompt_tokens),
+            ("hits", "Those of them that were not computed", self._worker.num_cached_tokens),
+        ):
+            yield CounterMetricFamily(f"relevo_prefix_cache_{name}", text, value=count)
+        for name, text, value in (
             ("waiting_tokens", "Tokens known and not computed, of all requests", load.num_waiting_tokens),
             ("free_blocks", "KV blocks that are free or evictable", load.num_free_blocks),
             ("named_blocks", "KV blocks that can be found by name", len(self._worker.block_events)),

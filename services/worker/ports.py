@@ -12,6 +12,7 @@ from relevo.core.block_hash import BlockHash
 from relevo.core.errors import RelevoError
 from relevo.core.request import Request
 from relevo.core.sampling_params import SamplingParams
+from relevo.engine.beams import EndedBeams
 from relevo.engine.config import EngineInfo
 from relevo.engine.step_result import Chunk, Computed, EndedRequest, NewTokens, PromptLogprobs, Reserved, StepResult
 
@@ -65,7 +66,7 @@ class Admitted:
     request_id: str
 
 
-Event = Admitted | Reserved | Chunk | Computed | PromptLogprobs | NewTokens | EndedRequest
+Event = Admitted | Reserved | Chunk | Computed | PromptLogprobs | NewTokens | EndedBeams | EndedRequest
 
 
 class Listener(Protocol):

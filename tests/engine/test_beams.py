@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from relevo import LLM, SamplingParams
 from relevo.core import forking
 from relevo.core.errors import InvalidRequest
+from relevo.core.structured_outputs import StructuredOutputs
 from relevo.engine import beams as beams_module
 from relevo.engine.engine import Engine
 from tests.support.parity import BLOCK_SIZE, prompts, transformers_greedy
@@ -214,6 +215,12 @@ def test_an_aborted_search_leaves_nothing(llm: LLM) -> None:
         engine.abort("gone")
         assert [end.request_id for end in engine.step().ended] == ["gone"]
         check_empty(engine)
+
+
+def test_beams_and_structured_outputs_exclude_each_other() -> None:
+    with pytest.raises(InvalidRequest) as error:
+        SamplingParams(use_beam_search=True, structured_outputs=StructuredOutputs(regex="a+"))
+    assert error.value.param == "use_beam_search"
 
 
 def test_a_search_that_has_no_token_to_go_on_with_is_refused(llm: LLM) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -203,3 +204,16 @@ def test_a_prompt_is_truncated_from_the_left(demo: LLM) -> None:
     assert answer.prompt_token_ids == [*added, *demo.tokenizer.encode("Return a new list.")[len(added) - 3 :]]
     with pytest.raises(InvalidRequest, match="truncate_prompt_tokens"):
         demo.generate([ids], SamplingParams(truncate_prompt_tokens=limit + 1), progress=False)
+
+
+def test_n_choices_differ_and_the_first_is_that_of_n_1(llm: LLM) -> None:
+    one = SamplingParams(max_tokens=8, seed=7, logprobs=0, prompt_logprobs=0)
+    [alone] = llm.generate([prompts()[0]], one, progress=False)
+    [four] = llm.generate([prompts()[0]], replace(one, n=4), progress=False)
+    choices = [four, *four.alternatives]
+    assert four.token_ids == alone.token_ids and len(four.prompt_logprobs) == len(prompts()[0]) - 1
+    assert len({tuple(choice.token_ids) for choice in choices}) == 4
+    [best] = llm.generate([prompts()[0]], replace(one, n=2, best_of=4, logprobs=None), progress=False)
+    ranked = sorted(choices, key=lambda c: -sum(e.chosen.logprob for e in c.logprobs) / len(c.logprobs))
+    assert [c.token_ids for c in (best, *best.alternatives)] == [c.token_ids for c in ranked[:2]]
+    assert not best.logprobs

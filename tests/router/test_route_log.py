@@ -175,5 +175,5 @@ def test_drift_of_cached_tokens_is_said_once(actual: int, warns: bool, caplog: p
     for route in routes(1, 1, 60, predicted=1000, actual=actual):
         predictions.observe_cached(route, num_prompt_tokens=1200)
     assert len(caplog.records) == warns
-    assert registry.get_sample_value("relevo_route_cached_tokens_error_sum") == 60 * (1000 - actual)
-    assert registry.get_sample_value("relevo_route_actual_cached_tokens_count") == 60
+    assert registry.get_sample_value("relevo_router_cached_tokens_error_sum") == 60 * (1000 - actual)
+    assert registry.get_sample_value("relevo_router_actual_cached_tokens_count") == 60

@@ -57,6 +57,7 @@ def test_parts_of_a_split_request_add_up() -> None:
     timings = split_request().timings()
     assert timings == pytest.approx(
         {
+            "arrive": 0,
             "receive": 1,
             "tokenize": 3,
             "place": 4,

@@ -15,7 +15,7 @@ from services.kvtransfer.agent import Agent
 from services.pb import messages_pb2
 from services.router.dispatch import FleetDispatcher
 from services.router.fleet import Fleet
-from services.router.generation import EndEvent
+from services.router.generation import Beam, EndEvent
 from services.router.http.sampling import sampling_to_proto
 from tests.support.agents import TIMEOUT_SECONDS, until
 from tests.support.real_workers import RealWorker
@@ -37,6 +37,7 @@ class Answer:
     was_split: bool
     num_tries: int
     prompt_logprobs: list[messages_pb2.TokenLogprobs]
+    beams: Sequence[Beam]
 
 
 class Router:
@@ -80,6 +81,7 @@ class Router:
             generation.placement.best.prefill is not None,
             len(generation.record.routes),
             prompt_logprobs,
+            end.beams,
         )
 
     async def generate_all(

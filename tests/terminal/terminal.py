@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 CTRL_C, CTRL_D = "\x03", "\x04"
 SECONDS = 30.0
+AGAIN_SECONDS = 2.0
 
 # A session's leader that opens a terminal gets it as its own: Ctrl-C goes to it.
 _RUN = "import os; os.open(os.ttyname(0), os.O_RDWR); from relevo.cli import main; main()"
@@ -26,25 +27,34 @@ class Terminal:
         self._fd = fd
         self._raw = b""
         self._seen = 0
+        self._is_closed = False
 
     def type(self, text: str) -> None:
         os.write(self._fd, text.encode())
 
-    def expect(self, text: str) -> str:
-        """Wait for it; what came since the last that was expected, up to its end."""
+    def expect(self, text: str, again: str = "") -> str:
+        """Wait for it; what came since the last that was expected, up to its end.
+
+        again: typed as long as nothing comes. A signal that arrives after the prompt was printed and before readline
+        waits for a key is noticed with the next key only; a person would press Ctrl-C once more.
+        """
         deadline = time.monotonic() + SECONDS
         while (found := self.shown.find(text, self._seen)) < 0:
-            if not self._read(deadline - time.monotonic()):
+            if self._read(min(deadline - time.monotonic(), AGAIN_SECONDS if again else SECONDS)):
+                continue
+            if not again or time.monotonic() > deadline:
                 raise AssertionError(f"{text!r} did not come: {self.shown[self._seen :]!r}")
+            self.type(again)
         before, self._seen = self._seen, found + len(text)
         return self.shown[before : self._seen]
 
-    def end(self) -> tuple[int, str]:
-        """Wait for its end: exit code, and what came since the last that was expected."""
+    def end(self, again: str = "") -> tuple[int, str]:
+        """Wait for its end: exit code, and what came since the last that was expected. again: as in expect."""
         deadline = time.monotonic() + SECONDS
-        while self._read(deadline - time.monotonic()):
-            pass
-        return self.process.wait(max(0.1, deadline - time.monotonic())), self.shown[self._seen :]
+        while not self._is_closed and time.monotonic() < deadline:
+            if not self._read(AGAIN_SECONDS) and again and not self._is_closed:
+                self.type(again)
+        return self.process.wait(10), self.shown[self._seen :]
 
     @property
     def shown(self) -> str:
@@ -58,6 +68,7 @@ class Terminal:
         try:
             data = os.read(self._fd, 65536)
         except OSError:  # EIO: the other end is closed
+            self._is_closed = True
             return False
         self._raw += data
         return bool(data)

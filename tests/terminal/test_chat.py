@@ -104,7 +104,7 @@ def test_ctrl_c_stops_the_answer_and_a_second_one_ends(endpoint: FakeEndpoint, t
         user.type("a story\n")
         user.expect("Once upon")
         user.type(CTRL_C)
-        user.expect("[stopped; Ctrl-C once more ends]\n> ")
+        user.expect("[stopped; Ctrl-C once more ends]\n> ", again=CTRL_C)
         assert endpoint.left.wait(20), "the endpoint is told"
 
         endpoint.answers.put([" a time"])
@@ -114,13 +114,13 @@ def test_ctrl_c_stops_the_answer_and_a_second_one_ends(endpoint: FakeEndpoint, t
         assert contents(endpoint.bodies[-1]) == ["user: a story", "assistant: Once upon", "user: go on"]
 
         user.type("half a line" + CTRL_C)
-        user.expect("[Ctrl-C once more ends]\n> ")
+        user.expect("[Ctrl-C once more ends]\n> ", again=CTRL_C)
         user.type("/clear\n")
         user.expect("forgotten]\n> ")
         user.type(CTRL_C)
-        user.expect("[Ctrl-C once more ends]\n> ")
+        user.expect("[Ctrl-C once more ends]\n> ", again=CTRL_C)
         user.type(CTRL_C)
-        assert user.end()[0] == 0
+        assert user.end(again=CTRL_C)[0] == 0
 
 
 def test_ctrl_d_ends(endpoint: FakeEndpoint, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from typing_extensions import TypedDict
 
+from relevo.core.sampling_params import mean_logprob
 from services.pb import messages_pb2
 from services.router.http.choice import Choice, Delta
 from services.router.http.prompt_logprobs import PromptEntries
@@ -71,6 +72,21 @@ class Payloads(Protocol):
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> Mapping[str, Any]:
         """The answer that is not streamed; answers in the order of their choices."""
+
+
+def keep_best(answers: Sequence[Answer], count: int) -> list[Answer]:
+    """Of each prompt's answers the likeliest so many, if there are more, by their tokens' mean log-probability."""
+    kept: list[Answer] = []
+    by_prompt: dict[int, list[Answer]] = {}
+    for answer in answers:
+        by_prompt.setdefault(answer.choice.prompt_index, []).append(answer)
+    for of_prompt in by_prompt.values():
+        if len(of_prompt) > count:
+            of_prompt.sort(key=lambda answer: -mean_logprob([entry.chosen.logprob for entry in answer.logprobs]))
+        kept += of_prompt[:count]
+    for index, answer in enumerate(kept):
+        answer.choice.index = index
+    return kept
 
 
 def count_usage(choices: Sequence[Choice], prompt_lengths: Sequence[int]) -> Usage:

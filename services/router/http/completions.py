@@ -60,7 +60,7 @@ async def create_completion(serving: Serving, exchange: Exchange, body: Completi
         prompt_logprobs=max((count for count in wanted if count is not None), default=None),
     )
     await serving.structure.check(sampling.structured_outputs, body)
-    serving.check_num_choices(len(body.prompt), body.n)
+    serving.check_num_choices(len(body.prompt), body.num_choices)
     prompts = await run_long(
         sum(map(len, body.prompt)), lambda: [_read_prompt(serving, given, body, sampling) for given in body.prompt]
     )

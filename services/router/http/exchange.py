@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import secrets
 import time
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 CLIENT_LEFT = 499
 MAX_REQUEST_ID_CHARS = 128
 MAX_TIMEOUT_MS = 2**31 - 1
+MAX_WAITED_SECONDS = 60.0  # what says to have waited longer before it came was sent by another clock
+_REQUEST_START = re.compile(rb"(?:t=)?(\d{1,12}(?:\.\d{1,9})?)")
 OPEN_PATHS = frozenset({"/health", "/ui"})  # the page itself has no data: it asks for the key, and comes with it
 _OPEN_FOLDER = "/ui/"
 TIMINGS_HEADER = b"x-relevo-timings"
@@ -44,6 +47,7 @@ class Exchange:
 
     arrived: seconds, on the clock of time.perf_counter; received: when its body was there
     explains: the client asks why its request goes where it goes
+    waited_seconds: before it arrived, by the X-Request-Start of the client or of a proxy
     trace: None unless there is a tracer, or the client has sent a traceparent
     tells_timings: the client asks where its time went
     timelines: of its choices
@@ -60,6 +64,7 @@ class Exchange:
     key_salt: str = ""
     arrived: float = field(default_factory=time.perf_counter)
     received: float | None = None
+    waited_seconds: float = 0.0
     trace: TraceContext | None = None
     tells_timings: bool = False
     timelines: list[Timeline] = field(default_factory=list)
@@ -139,6 +144,7 @@ class ExchangeLayer:
                 permit = await self._let_in(self._keys, exchange, scope)
             exchange.timeout_ms = _timeout_ms(scope)
             exchange.explains = _header(scope, b"x-relevo-explain") == b"1"
+            exchange.waited_seconds = _waited_seconds(_header(scope, b"x-request-start"))
             exchange.tells_timings = _header(scope, TIMINGS_HEADER) == b"1"
             await self._api(scope, receive, send_head)
         except RelevoError as error:
@@ -221,6 +227,13 @@ def _header(scope: Scope, name: bytes) -> bytes | None:
             assert isinstance(value, bytes)
             return value
     return None
+
+
+def _waited_seconds(request_start: bytes | None) -> float:
+    """Since `t=SECONDS` (since 1970), as nginx, Heroku and others have it; 0 if that cannot be: clocks differ."""
+    found = _REQUEST_START.fullmatch(request_start) if request_start is not None else None
+    seconds = time.time() - float(found[1]) if found is not None else 0.0
+    return seconds if 0 < seconds < MAX_WAITED_SECONDS else 0.0
 
 
 def _request_id(scope: Scope) -> str:

@@ -35,7 +35,7 @@ class EdgeMetrics:
             registry=registry,
         )
         self._clients: set[str] = set()
-        self.running = Gauge("relevo_http_requests_generating", "Requests being generated.", registry=registry)
+        self.running = Gauge("relevo_num_requests_running", "Requests being generated.", registry=registry)
         self.finished = Counter(
             "relevo_request_success", "Choices that came to their end.", ("finished_reason",), registry=registry
         )

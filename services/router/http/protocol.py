@@ -13,8 +13,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 from relevo.core.errors import InvalidRequest
-from relevo.core.sampling_params import MAX_LOGPROB_TOKEN_IDS, MAX_LOGPROBS
+from relevo.core.sampling_params import MAX_LOGPROB_TOKEN_IDS, MAX_LOGPROBS, LogitsProcessorCall
 from services.router.http.errors import UnknownParameter, UnsupportedParameter
+from services.router.http.logits_processors import LogitsProcessorBody, parse_logits_processors
 from services.router.http.messages import Messages
 from services.router.http.structure import ResponseFormat, StructuredOutputsBody
 from services.router.http.unsupported import ANY, CHAT, COMPLETION, Harmless
@@ -141,6 +142,10 @@ class SamplingBody(RequestBody):
     )
     return_token_ids: bool = Field(False, description="prompt_token_ids and token_ids in the answer.")
     return_tokens_as_token_ids: bool = Field(False, description='Tokens in logprobs are written "token_id:7".')
+    logits_processors: Annotated[
+        list[LogitsProcessorCall],
+        PlainValidator(parse_logits_processors, json_schema_input_type=list[str | LogitsProcessorBody]),
+    ] = Field([], description="Custom ones that workers have installed, by name.")
     response_format: ResponseFormat | None = Field(
         None, description="What the answer is: `text`, `json_object`, or `json_schema`, which it then always fits."
     )
@@ -148,6 +153,10 @@ class SamplingBody(RequestBody):
         None, description="What the answer fits: one of `json`, `json_object`, `regex`, `choice`, `grammar`."
     )
     n: int = Field(1, ge=1, le=MAX_N, description="Choices for each prompt.")
+    best_of: int | None = Field(None, ge=1, le=MAX_N, description="So many are made, the n likeliest kept.")
+    use_beam_search: bool = Field(False, description="The n best of best_of beams; nothing is drawn.")
+    length_penalty: float = Field(1.0, description="Of beams: above 0 favours long ones.")
+    early_stopping: bool | Literal["never"] = Field(False, description="When a beam search ends, as in transformers.")
     stream: bool = False
     stream_options: StreamOptions | None = None
     cache_salt: str = Field("", max_length=256, description="Only requests with the same salt share cached blocks.")
@@ -162,6 +171,20 @@ class SamplingBody(RequestBody):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def num_choices(self) -> int:
+        """How many are made for each prompt, to keep n."""
+        return self.n if self.best_of is None else self.best_of
+
+    @model_validator(mode="after")
+    def _best_of_is_known_at_the_end(self) -> Self:
+        if self.stream and self.num_choices > self.n and not self.use_beam_search:
+            raise InvalidRequest(
+                f"which {self.n} of best_of {self.best_of} are the likeliest is known when all have ended: no stream",
+                "best_of",
+            )
+        return self
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> Self:

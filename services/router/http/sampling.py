@@ -20,6 +20,11 @@ from services.router.http.structure import wanted_structure
 _Number = TypeVar("_Number", int, float)
 
 _MAX_UINT32 = 2**32 - 1
+_EARLY_STOPPING = {
+    False: messages_pb2.EARLY_STOPPING_NO,
+    True: messages_pb2.EARLY_STOPPING_YES,
+    "never": messages_pb2.EARLY_STOPPING_NEVER,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +93,12 @@ def make_sampling(
         bad_words=tuple(body.bad_words),
         logprob_token_ids=tuple(body.logprob_token_ids),
         prompt_logprobs=prompt_logprobs,
+        n=body.n,
+        best_of=body.best_of,
+        use_beam_search=body.use_beam_search,
+        length_penalty=body.length_penalty,
+        early_stopping=body.early_stopping,
+        logits_processors=tuple(body.logits_processors),
         truncate_prompt_tokens=body.truncate_prompt_tokens,
         structured_outputs=wanted_structure(body),
     )
@@ -139,6 +150,14 @@ def sampling_to_proto(
         bad_words=[messages_pb2.TokenSequence(token_ids=word) for word in sampling.bad_words_token_ids],
         logprob_token_ids=sampling.logprob_token_ids,
         prompt_logprobs=sampling.prompt_logprobs,
+        num_beams=sampling.num_beams,
+        num_answers=sampling.n if sampling.use_beam_search else 0,
+        length_penalty=sampling.length_penalty,
+        early_stopping=_EARLY_STOPPING[sampling.early_stopping],
+        logits_processors=[
+            messages_pb2.LogitsProcessor(name=each.name, arguments=each.arguments)
+            for each in sampling.logits_processors
+        ],
         structured_outputs=structured_outputs_to_proto(sampling.structured_outputs),
     )
 

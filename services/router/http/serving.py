@@ -15,8 +15,9 @@ from relevo.prompts import resolve_bad_words, truncate_prompt
 from relevo.tokenizer import Tokenizer
 from services.pb import messages_pb2
 from services.router.admission import Admission, AdmissionLimits
-from services.router.generation import Dispatcher, ServedModel
+from services.router.generation import Dispatcher, Generation, ServedModel
 from services.router.http.answer import Payloads
+from services.router.http.beams import BeamGeneration, BeamSearchResult
 from services.router.http.choice import Choice
 from services.router.http.errors import ContextLengthExceeded, ModelNotFound
 from services.router.http.exchange import Exchange
@@ -141,7 +142,7 @@ class Serving:
         writer = (
             EventWriter(exchange, payloads, include_usage=body.include_usage)
             if body.stream
-            else WholeWriter(payloads, choices)
+            else WholeWriter(payloads, choices, keep=body.n)
         )
         lengths = [len(prompt.token_ids) for prompt in prompts]
         return GenerationResponse(exchange, choices, lengths, writer, self.metrics)
@@ -157,6 +158,8 @@ class Serving:
     ) -> list[Choice]:
         model = self.model()
         check_token_ids(sampling, model)
+        if body.num_choices > body.n and sampling.logprobs is None:
+            sampling = replace(sampling, logprobs=0)  # by which the likeliest are found
         sampling = resolve_bad_words(sampling, self.tokenizer)
         timeout_ms = exchange.remaining_ms()
         if timeout_ms < 0:
@@ -171,7 +174,7 @@ class Serving:
             check_prompt(prompt.token_ids, model, limit.prompt_param)
             max_tokens = limit.resolve(len(prompt.token_ids), model.max_model_len)
             seed = draw_seed() if sampling.seed is None else sampling.seed
-            for nth in range(body.n):
+            for nth in range(1 if body.use_beam_search else body.num_choices):
                 # A prompt's logprobs take computing all of it: once.
                 own = sampling if nth == 0 else replace(sampling, prompt_logprobs=None)
                 request = messages_pb2.GenerationRequest(
@@ -185,11 +188,21 @@ class Serving:
                 )
                 planned.append((prompt_index, request))
         shared = [SharedPromptLogprobs() if sampling.prompt_logprobs is not None else None for _ in prompts]
+        generations: list[tuple[int, Generation]] = []  # likewise
+        for prompt_index, request in planned:
+            timeline = _timeline(exchange, self.model_name(body.model), request)
+            generation = self.admission.generate(request, standing, timeline)
+            if body.use_beam_search:
+                result = BeamSearchResult(generation)
+                generations += [(prompt_index, BeamGeneration(result, nth)) for nth in range(body.n)]
+            else:
+                generations.append((prompt_index, generation))
+        per_prompt = len(generations) // len(prompts)
         return [
             Choice(
                 index,
                 prompt_index,
-                self.admission.generate(request, standing, _timeline(exchange, self.model_name(body.model), request)),
+                generation,
                 Detokenizer(
                     self.tokenizer,
                     prompts[prompt_index].token_ids,
@@ -201,16 +214,18 @@ class Serving:
                 stop_token_ids,
                 include_stop=sampling.include_stop_str_in_output,
                 prompt_logprobs=shared[prompt_index],
-                is_first_of_prompt=index % body.n == 0,
+                is_first_of_prompt=index % per_prompt == 0,
                 prompt_alone=limit.prompt_alone,
             )
-            for index, (prompt_index, request) in enumerate(planned)
+            for index, (prompt_index, generation) in enumerate(generations)
         ]
 
 
 def _timeline(exchange: Exchange, model: str, request: messages_pb2.GenerationRequest) -> Timeline:
     """Of a choice whose prompt has just been tokenized."""
-    timeline = Timeline(exchange.arrived)
+    timeline = Timeline(exchange.arrived - exchange.waited_seconds)
+    if exchange.waited_seconds:
+        timeline.mark("arrive", timeline.arrived, exchange.arrived)
     if exchange.received is not None:
         timeline.mark("receive", exchange.arrived, exchange.received)
         timeline.mark("tokenize", exchange.received, tokens=len(request.prompt_token_ids))

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from relevo.core.errors import RelevoError
-from services.router.http.answer import Answer, Payloads, Usage, count_usage
+from services.router.http.answer import Answer, Payloads, Usage, count_usage, keep_best
 from services.router.http.choice import Choice, Delta
 from services.router.http.errors import error_reply, internal_error
 from services.router.http.exchange import CLIENT_LEFT, TIMINGS_HEADER, Exchange
@@ -147,17 +147,18 @@ class EventWriter:
 
 
 class WholeWriter:
-    """One JSON object when all choices have ended."""
+    """One JSON object when all choices have ended. keep: so many of each prompt's, the likeliest."""
 
-    def __init__(self, payloads: Payloads, choices: Sequence[Choice]) -> None:
+    def __init__(self, payloads: Payloads, choices: Sequence[Choice], *, keep: int) -> None:
         self._payloads = payloads
+        self._keep = keep
         self._answers = {choice.index: Answer(choice) for choice in choices}
 
     async def write(self, choice: Choice, delta: Delta, send: Send) -> None:
         self._answers[choice.index].add(delta)
 
     async def finish(self, usage: Usage, send: Send, timings: Mapping[str, float] | None) -> None:
-        body = orjson.dumps(self._payloads.whole(list(self._answers.values()), usage))
+        body = orjson.dumps(self._payloads.whole(keep_best(list(self._answers.values()), self._keep), usage))
         told = [(TIMINGS_HEADER, orjson.dumps(timings))] if timings is not None else []
         await send(_head((b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *told))
         await send(_body(body, more=False))

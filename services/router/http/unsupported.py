@@ -14,7 +14,6 @@ Harmless = tuple[object, ...] | Literal["any value"]
 
 _BOTH: Mapping[str, Harmless] = {
     # OpenAI's
-    "best_of": (1,),
     "metadata": ANY,  # labels of stored completions
     "prediction": (),
     "prompt_cache_key": ANY,  # a hint for OpenAI's routing; blocks are named by their content here
@@ -23,11 +22,8 @@ _BOTH: Mapping[str, Harmless] = {
     "service_tier": ("auto", "default"),
     "store": (False,),
     # vLLM's
-    "length_penalty": (1,),
-    "logits_processors": ([],),
     "request_id": (),  # the header x-request-id
     "spaces_between_special_tokens": (True,),
-    "use_beam_search": (False,),
 }
 
 COMPLETION: Mapping[str, Harmless] = {**_BOTH, "suffix": ("",)}

@@ -47,7 +47,8 @@ export function makeFleet(parent, sheet) {
 }
 
 function describe({ router, workers, agents, sample }) {
-  const of = (role) => workers.filter((worker) => worker.role === role).map(workerCard);
+  const inOrder = [...workers].sort((one, other) => one.id.localeCompare(other.id, "en", { numeric: true }));
+  const of = (role) => inOrder.filter((worker) => worker.role === role).map(workerCard);
   return {
     router: [routerCard(router, sample)],
     prefill: of("prefill"),

@@ -104,6 +104,7 @@ function findLines(parent, snapshot, cards, columns) {
     const path = worker.role === "prefill" ? across(card, arena) : across(arena, card);
     found.set(`kv ${worker.address}`, { path, kind: "kv", strength: flow.kv, isBack: flow.isOffer });
   }
+  decodes.sort((one, other) => one.card.top - other.card.top);
   if (decodes.length) addLanes(found, router, decodes, parent.clientHeight);
   return found;
 }

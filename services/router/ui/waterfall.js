@@ -19,6 +19,13 @@ const PARTS = [
   ["prefill", "prefill"],
   ["relay", "decode"],
 ];
+// And from there to the second.
+const GAP_PARTS = [
+  ["transfer_tail", "kv"],
+  ["decode_wait", "prefill"],
+  ["step", "decode"],
+  ["step_relay", "router"],
+];
 
 /** Opens the dialog for `request`, as the snapshot or, with its id alone, the chat knows it. */
 export function openWaterfall(sheet, request, nameOf, find = () => request) {
@@ -56,7 +63,8 @@ function draw(request, record, nameOf) {
   if (!seen.decode && last) Object.assign(seen, { prefill: last.prefill, decode: last.decode });
   return [
     summary(seen, nameOf),
-    timingsNode(record.timings),
+    timingsNode("First token after", record.timings, "ttft", PARTS),
+    timingsNode("Second token after another", record.timings, "second_token", GAP_PARTS),
     spansNode(record.spans?.length ? record.spans : plainSpans(seen, record), Boolean(record.spans?.length)),
     ...record.routes.map((route, nth) => placementNode(route, nth, record.routes.length, nameOf)),
   ].filter(Boolean);
@@ -75,22 +83,22 @@ function summary(request, nameOf) {
   ]);
 }
 
-/** One bar of the parts of the time to the first token, and what each is. */
-function timingsNode(timings) {
-  if (!timings) return null;
-  const parts = PARTS.filter(([name]) => timings[name] !== undefined && timings[name] !== null);
-  const total = timings.ttft ?? parts.reduce((sum, [name]) => sum + timings[name], 0);
+/** One bar of the parts of a token's time, and what each is. */
+function timingsNode(title, timings, whole, wanted) {
+  if (!timings?.[whole]) return null;
+  const total = timings[whole];
+  const parts = wanted.filter(([name]) => timings[name] > 0);
   const bar = element("div", { class: "stack", "aria-hidden": "true" });
   const legend = element("ul", { class: "terms" });
   parts.forEach(([name, role], nth) => {
-    const piece = element("span", { class: `of-${role} tone-${nth % 2}` });
+    const kind = `of-${role} tone-${nth % 2}`;
+    const piece = element("span", { class: kind });
     piece.style.width = `${(100 * timings[name]) / total}%`;
     bar.append(piece);
-    legend.append(
-      element("li", { class: `of-${role} tone-${nth % 2}` }, element("span", { class: "swatch" }), name, " ", element("b", {}, ms(timings[name]))),
-    );
+    const text = name.replace("_", " ");
+    legend.append(element("li", { class: kind }, element("span", { class: "swatch" }), text, " ", element("b", {}, ms(timings[name]))));
   });
-  return element("section", {}, element("h3", {}, `First token after ${ms(total)}`), bar, legend);
+  return element("section", {}, element("h3", {}, `${title} ${ms(total)}`), bar, legend);
 }
 
 function spansNode(spans, areReal) {
@@ -118,7 +126,7 @@ function spanRow(span, end, nth, depth) {
   piece.style.width = `max(2px, ${(100 * span.duration_ms) / end}%)`;
   const line = [
     element("span", { class: `span-name depth-${Math.min(depth, 3)}` }, span.name, element("small", {}, ` ${span.instance || span.service}`)),
-    element("span", { class: "track", "aria-hidden": "true" }, piece),
+    element("span", { class: "track", "aria-hidden": "true" }, piece, ...marks(span, end)),
     element("span", { class: "span-time" }, ms(span.duration_ms)),
   ];
   const role = `of-${span.name.startsWith("kv.") ? "kv" : ROLES[span.service] ?? "router"}`;
@@ -133,6 +141,17 @@ function spanRow(span, end, nth, depth) {
     { class: `span ${role}` },
     element("details", { "data-key": `${nth} ${span.name}` }, element("summary", { class: "line" }, ...line), list),
   );
+}
+
+/** Where the first token was. */
+function marks(span, end) {
+  return (span.events ?? [])
+    .filter((event) => event.name === "first token")
+    .map((event) => {
+      const mark = element("span", { class: "mark-at", title: `first token after ${ms(event.at_ms)}` });
+      mark.style.left = `${(100 * event.at_ms) / end}%`;
+      return mark;
+    });
 }
 
 function axis(end) {

@@ -89,7 +89,7 @@ async def test_who_left_is_counted_as_499(fresh_edge: Edge) -> None:
         await reader.readuntil(b"data: ")
     labels = {"endpoint": "/v1/completions", "status": "499"}
     await until(lambda: edge.registry.get_sample_value("relevo_http_requests_total", labels) == 1.0)
-    assert edge.registry.get_sample_value("relevo_http_requests_generating") == 0
+    assert edge.registry.get_sample_value("relevo_num_requests_running") == 0
 
 
 async def test_a_slow_reader_stops_its_own_request_only(edge: Edge, tokenizer: Tokenizer) -> None:

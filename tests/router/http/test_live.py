@@ -13,8 +13,10 @@ import pytest
 from relevo.model_files import GenerationDefaults
 from relevo.tokenizer import Tokenizer
 from services.router.http import live as live_module
+from services.router.http.connection import ConnectionLimits
 from services.router.http.live import LiveView
 from services.router.http.live_routes import UI_FOLDER
+from services.router.http.server import HttpOptions
 from tests.router.http.conftest import NAME, Edge, make_served, running
 
 KEY = {"authorization": "Bearer k"}
@@ -136,3 +138,22 @@ async def test_files_have_types_tags_and_a_strict_policy(edge: Edge) -> None:
         async with httpx.AsyncClient(base_url=edge.http.base_url) as plain:
             assert (await plain.get(missing)).status_code == 404
     assert (await edge.http.post("/ui")).status_code == 405
+
+
+async def test_a_viewer_that_does_not_read_is_cut_off(
+    tokenizer: Tokenizer, defaults: GenerationDefaults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = LiveView()
+    served = make_served(tokenizer, defaults, live=live)
+    monkeypatch.setattr(live, "history_json", lambda: b"x" * (16 << 20))  # more than the sockets take
+    async with running(served, HttpOptions(limits=ConnectionLimits(write_seconds=0.2))) as edge:
+        reader, writer = await asyncio.open_connection("127.0.0.1", edge.port, limit=1024)
+        writer.write(b"GET /debug/fleet/stream HTTP/1.1\r\nhost: x\r\n\r\n")
+        async with asyncio.timeout(10):
+            while not live.num_viewers:  # noqa: ASYNC110  # the edge tells nobody when it takes on a request
+                await asyncio.sleep(0.01)
+            while live.num_viewers:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert edge.num_cut("slow_reader") == 1
+        assert not reader.at_eof()
+        writer.close()

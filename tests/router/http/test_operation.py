@@ -108,7 +108,7 @@ async def test_metrics(fresh_edge: Edge) -> None:
         "relevo_time_to_first_token_seconds_count 2.0",
         "relevo_inter_token_latency_seconds_count 21.0",
         "relevo_e2e_request_latency_seconds_count 2.0",
-        "relevo_http_requests_generating 0.0",
+        "relevo_num_requests_running 0.0",
     } <= lines
 
 

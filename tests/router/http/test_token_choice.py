@@ -10,9 +10,10 @@ import pytest
 from relevo.core.errors import Exhausted
 from relevo.core.request import FinishReason
 from relevo.tokenizer import Tokenizer
-from services.router.generation import EndEvent, TokensEvent
+from services.pb import messages_pb2
+from services.router.generation import Beam, EndEvent, TokensEvent
 from tests.router.http.conftest import Edge
-from tests.router.http.fakes import make_logprobs, sampled, sampled_ids
+from tests.router.http.fakes import make_logprobs, make_prompt_logprobs, sampled, sampled_ids
 
 TEXT = "Return a new list with the items in order."
 BODIES: dict[str, dict[str, Any]] = {
@@ -245,3 +246,80 @@ async def test_if_the_choice_that_computes_them_fails_all_fail(edge: Edge) -> No
     edge.dispatcher.script = script
     reply = await edge.http.post("/v1/completions", json={"prompt": TEXT, "prompt_logprobs": 1, "n": 3})
     assert reply.status_code == 429
+
+
+async def test_the_likeliest_of_best_of_are_kept(edge: Edge) -> None:
+    def script(request: Any) -> Any:
+        """The sixth choice is the likeliest, then the third."""
+        nth = int(request.request_id.rpartition("-")[2])
+        logprob = {5: -0.1, 2: -0.2}.get(nth, -1.0 - nth)
+        chosen = messages_pb2.Logprob(token_id=300 + nth, logprob=logprob, rank=1)
+        yield TokensEvent([300 + nth], [messages_pb2.TokenLogprobs(chosen=chosen)])
+        yield EndEvent(FinishReason.LENGTH)
+
+    edge.dispatcher.script = script
+    for path in BODIES:
+        reply = await ask(edge, path, n=2, best_of=6, return_token_ids=True)
+        assert [choice["index"] for choice in reply["choices"]] == [0, 1]
+        assert [choice["token_ids"] for choice in reply["choices"]] == [[305], [302]]
+        assert not any(choice["logprobs"] for choice in reply["choices"])
+        assert reply["usage"]["completion_tokens"] == 6, "all that were made"
+    for values, param in (({"n": 3, "best_of": 2}, "best_of"), ({"best_of": 2, "stream": True}, "best_of")):
+        refused = await edge.http.post("/v1/completions", json={**BODIES["/v1/completions"], **values})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == param
+
+
+def beams_script(request: Any) -> Any:
+    beams = [
+        Beam([400 + nth, 500], make_logprobs([400 + nth, 500], request), reason, -float(nth))
+        for nth, reason in enumerate([FinishReason.LENGTH, FinishReason.STOP, FinishReason.LENGTH])
+    ]
+    beams = beams[: request.sampling.num_answers]
+    yield EndEvent(FinishReason.LENGTH, 4, beams, make_prompt_logprobs(request))
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_a_beam_search_is_one_request_with_n_choices(edge: Edge, path: str) -> None:
+    edge.dispatcher.script = beams_script
+    values = {
+        "use_beam_search": True,
+        "n": 2,
+        "best_of": 3,
+        "length_penalty": 0.5,
+        "early_stopping": "never",
+        "return_token_ids": True,
+        "prompt_logprobs": 1,
+    }
+    reply = await ask(edge, path, **values)
+    [request] = edge.dispatcher.requests
+    assert (request.sampling.num_beams, request.sampling.num_answers) == (3, 2)
+    assert request.sampling.length_penalty == 0.5
+    assert request.sampling.early_stopping == messages_pb2.EARLY_STOPPING_NEVER
+    assert [choice["token_ids"] for choice in reply["choices"]] == [[400, 500], [401, 500]]
+    assert [choice["finish_reason"] for choice in reply["choices"]] == ["length", "stop"]
+    shown = reply if "chat" in path else reply["choices"][1]
+    assert len(shown["prompt_logprobs"]) == len(request.prompt_token_ids)
+    assert reply["usage"]["completion_tokens"] == 4
+    events = await stream(edge, path, **values)
+    for index, choice in enumerate(reply["choices"]):
+        parts = [event["choices"][0] for event in events if event["choices"][0]["index"] == index]
+        assert [token for part in parts for token in part.get("token_ids", [])] == choice["token_ids"]
+        assert parts[-1]["finish_reason"] == choice["finish_reason"]
+
+
+async def test_fewer_beams_than_choices_is_a_400(edge: Edge) -> None:
+    edge.dispatcher.script = beams_script
+    body = {**BODIES["/v1/completions"], "use_beam_search": True, "n": 4}
+    reply = await edge.http.post("/v1/completions", json=body)
+    assert reply.status_code == 400 and reply.json()["error"]["param"] == "n"
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_logits_processors_go_to_workers_by_name_and_with_arguments(edge: Edge, path: str) -> None:
+    await ask(edge, path, logits_processors=["plain", {"qualname": "other", "args": [1], "kwargs": {"a": [2.5, "b"]}}])
+    plain, other = edge.dispatcher.requests[0].sampling.logits_processors
+    assert (plain.name, plain.arguments, other.name) == ("plain", "", "other")
+    assert json.loads(other.arguments) == {"args": [1], "kwargs": {"a": [2.5, "b"]}}
+    for wrong in ("name", [1], [""], [{"name": "x"}], [{"qualname": "x", "args": {}}], [{"qualname": "x", "b": 1}]):
+        refused = await edge.http.post(path, json={**BODIES[path], "logits_processors": wrong})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "logits_processors", wrong
