@@ -22,6 +22,8 @@ from relevo.engine.config import EngineConfig, EngineInfo
 from relevo.engine.kv_cache import KVCache
 from relevo.engine.model_runner import ModelRunner
 from relevo.engine.sampler import SampledToken, Sampler
+from relevo.engine.spec_decode.make import load_draft_model, make_speculator
+from relevo.engine.spec_decode.speculator import Speculator
 from relevo.engine.step_result import Computed, EndedRequest, EngineLoad, NewTokens, Reserved, StepResult
 from relevo.engine.threads import set_num_threads
 from relevo.engine.turns import Turns
@@ -55,7 +57,10 @@ class Engine:
         )
         keep_freed_memory()
         layout = KVLayout(layers=model.layout_layers, dtype=model.dtype, block_size=config.block_size)
-        num_blocks = _num_blocks(config, layout, device)
+        draft = load_draft_model(config, kernels, device)
+        draft_layout = None if draft is None else KVLayout(draft.layout_layers, draft.dtype, config.block_size)
+        draft_bytes = 0 if draft_layout is None else draft_layout.block_bytes
+        num_blocks = _num_blocks(config, layout.block_bytes + draft_bytes, device)
         max_model_len = _max_model_len(config, model.max_model_len, num_blocks)
         eos_token_ids = generation_defaults(files).eos_token_ids
         self.info = EngineInfo(
@@ -80,7 +85,11 @@ class Engine:
         self._cancelled: list[EndedRequest] = []
         self._prefill_tokens_per_second = 0.0
         self._step_times = StepTimes()
+        self._speculator: Speculator | None = None
         self._warm_up()
+        if config.speculative is not None:
+            draft_cache = None if draft_layout is None else KVCache(draft_layout, num_blocks, device)
+            self._speculator = make_speculator(config, self._runner, draft, draft_cache)
 
     def make_request(
         self,
@@ -143,7 +152,7 @@ class Engine:
         """End a request and free its blocks; the next step tells, if it had not ended before."""
         request = self.scheduler.abort(request_id)
         if request is not None:
-            self._cancelled.append(EndedRequest(request_id, FinishReason.CANCELLED, request.num_cached_tokens))
+            self._cancelled.append(self._ended(request, FinishReason.CANCELLED))
 
     def release(self, request_id: str) -> None:
         self.scheduler.release(request_id)
@@ -160,16 +169,27 @@ class Engine:
         return bool(self.scheduler.waiting or self.scheduler.running or self.scheduler.waiting_for_kv)
 
     def step(self) -> StepResult:
-        output = self.scheduler.schedule()
+        speculator = self._speculator
+        output = self.scheduler.schedule(speculator.plan(self.scheduler.running) if speculator else None)
         started = time.perf_counter()
-        sampled = {}
+        sampled: dict[str, list[SampledToken]] = {}
         if output.scheduled:
             with self._turns:
+                if speculator:
+                    output = speculator.propose(output)
+                proposed = time.perf_counter()
                 sampled = self._runner.run(output.scheduled)
+            if speculator:
+                speculator.learn(output.scheduled, sampled, time.perf_counter() - proposed)
+        token_ids = {
+            entry.request.request_id: entry.request.until_end([t.token_id for t in sampled[entry.request.request_id]])
+            for entry in output.scheduled
+            if entry.samples
+        }
         # Waiting for a turn counts: so long does a step take here.
-        self._measure(output, time.perf_counter() - started)
-        ended = self.scheduler.update(output, {name: token.token_id for name, token in sampled.items()})
-        return self._result(output, sampled, ended)
+        self._measure(output, sum(map(len, token_ids.values())), time.perf_counter() - started)
+        ended = self.scheduler.update(output, token_ids)
+        return self._result(output, token_ids, sampled, ended)
 
     def load(self) -> EngineLoad:
         scheduler = self.scheduler
@@ -182,9 +202,16 @@ class Engine:
             prefill_tokens_per_second=self._prefill_tokens_per_second,
             step_seconds=self._step_times.step_seconds,
             step_seconds_per_request=self._step_times.step_seconds_per_request,
+            speculation=self._speculator.stats() if self._speculator else None,
         )
 
-    def _result(self, output: SchedulerOutput, sampled: dict[str, SampledToken], ended: list[Request]) -> StepResult:
+    def _result(
+        self,
+        output: SchedulerOutput,
+        token_ids: dict[str, list[int]],
+        sampled: dict[str, list[SampledToken]],
+        ended: list[Request],
+    ) -> StepResult:
         stored, removed = self.scheduler.pool.drain_events()
         cancelled, self._cancelled = self._cancelled, []
         return StepResult(
@@ -200,25 +227,34 @@ class Engine:
                 if entry.request.hold_blocks
             ],
             tokens=[
-                NewTokens(name, [token.token_id], [token.logprobs] if token.logprobs else [])
-                for name, token in sampled.items()
+                NewTokens(name, ids, [token.logprobs for token in sampled[name][: len(ids)] if token.logprobs])
+                for name, ids in token_ids.items()
             ],
-            ended=cancelled
-            + [EndedRequest(r.request_id, r.finish_reason, r.num_cached_tokens) for r in ended if r.finish_reason],
+            ended=cancelled + [self._ended(r, r.finish_reason) for r in ended if r.finish_reason],
             stored=stored,
             removed=removed,
             num_scheduled_tokens=output.num_scheduled_tokens,
         )
 
-    def _measure(self, output: SchedulerOutput, seconds: float) -> None:
+    def _ended(self, request: Request, reason: FinishReason) -> EndedRequest:
+        num_drafted = num_accepted = 0
+        if self._speculator is not None:
+            if reason is not FinishReason.CANCELLED:
+                self._speculator.ended(request)
+            num_drafted, num_accepted = self._speculator.forget(request.request_id)
+        return EndedRequest(request.request_id, reason, request.num_cached_tokens, num_drafted, num_accepted)
+
+    def _measure(self, output: SchedulerOutput, num_sampled_tokens: int, seconds: float) -> None:
         if not output.scheduled:
             return
+        num_rows = output.num_scheduled_tokens - sum(len(entry.draft_token_ids) for entry in output.scheduled)
         # Chunks worth the name: the tail of a split request is a handful of rows and says nothing of a prompt's speed.
-        if output.num_scheduled_tokens >= len(output.scheduled) + 2 * self.info.block_size:
-            rate = output.num_scheduled_tokens / seconds
+        if num_rows >= len(output.scheduled) + 2 * self.info.block_size:
+            rate = num_rows / seconds
             self._prefill_tokens_per_second = _mean(self._prefill_tokens_per_second, rate)
-        elif output.num_scheduled_tokens == len(output.scheduled):
-            self._step_times.add(len(output.scheduled), seconds)
+        elif num_rows == len(output.scheduled) <= num_sampled_tokens:
+            # What a token takes: those that come of accepted drafts take no step of their own.
+            self._step_times.add(num_rows, seconds * num_rows / num_sampled_tokens)
 
     def _warm_up(self) -> None:
         """Compute a few tokens, so that the first request doesn't pay for what is set up lazily."""
@@ -246,15 +282,16 @@ def _choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def _num_blocks(config: EngineConfig, layout: KVLayout, device: torch.device) -> int:
-    num_blocks = config.kv_cache_memory // layout.block_bytes
+def _num_blocks(config: EngineConfig, block_bytes: int, device: torch.device) -> int:
+    """block_bytes: the draft model's share included"""
+    num_blocks = config.kv_cache_memory // block_bytes
     if num_blocks < 2:
         raise StartupError(
-            f"kv_cache_memory of {config.kv_cache_memory} bytes holds {num_blocks} blocks of {layout.block_bytes} "
+            f"kv_cache_memory of {config.kv_cache_memory} bytes holds {num_blocks} blocks of {block_bytes} "
             "bytes; at least 2 are needed"
         )
     available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if num_blocks * layout.block_bytes > available:
+    if num_blocks * block_bytes > available:
         raise StartupError(
             f"kv_cache_memory of {config.kv_cache_memory / 2**30:.2f} GiB does not fit: "
             f"{available / 2**30:.2f} GiB are free on {device.type} after loading the model"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
-import numpy as np
 import torch
 
 from relevo.core.scheduler import ScheduledRequest
+from relevo.engine.batch import Span, flat_batch
 from relevo.engine.kv_cache import KVCache
 from relevo.engine.sampler import SampledToken, Sampler, SamplingRow
+from relevo.engine.spec_decode.verification import accept, sampling_rows
 from relevo.kernels import Kernels
-from relevo.kernels.metadata import AttentionMetadata
 from relevo.models.attention import AttentionContext
 from relevo.models.causal_lm import CausalLM
 
@@ -30,51 +31,33 @@ class ModelRunner:
         self.device = kv_cache.storage.device
         self.block_size = kv_cache.layout.block_size
 
-    def run(self, scheduled: Sequence[ScheduledRequest]) -> dict[str, SampledToken]:
-        """Compute the scheduled tokens; returns the next token of each request whose known tokens are all computed."""
+    def run(self, scheduled: Sequence[ScheduledRequest]) -> dict[str, list[SampledToken]]:
+        """Compute the scheduled tokens.
+
+        Returns the next tokens of each request whose known tokens are all computed: the drafts that are accepted, and
+        one more. They may go on behind the request's end.
+        """
         token_ids: list[int] = []
-        last_rows: list[int] = []  # of the requests that sample: where their last token is in the flat batch
+        sampled_rows: list[int] = []  # of the flat batch: those whose logits choose tokens
         rows: list[SamplingRow] = []
-        names: list[str] = []
+        sampling: list[ScheduledRequest] = []
         for entry in scheduled:
-            request = entry.request
-            start = request.num_computed_tokens
-            token_ids += request.token_ids[start : start + entry.num_scheduled_tokens]
+            token_ids += entry.token_ids
             if entry.samples:
-                names.append(request.request_id)
-                last_rows.append(len(token_ids) - 1)
-                rows.append(
-                    SamplingRow(request.sampling, request.token_ids, request.num_prompt_tokens, self.eos_token_ids)
-                )
-        positions, metadata = self._metadata(scheduled)
+                sampling.append(entry)
+                own = sampling_rows(entry.request, entry.draft_token_ids, self.eos_token_ids)
+                sampled_rows += range(len(token_ids) - len(own), len(token_ids))
+                rows += own
+        spans = [Span(e.request.block_ids, e.request.num_computed_tokens, e.num_scheduled_tokens) for e in scheduled]
+        positions, metadata = flat_batch(spans, self.block_size, self.device)
         logits = self.model.forward(
             torch.tensor(token_ids, device=self.device),
             positions,
             AttentionContext(metadata=metadata, layers=self.kv_cache.layers, kernels=self.kernels),
-            torch.tensor(last_rows, dtype=torch.int64, device=self.device),
+            torch.tensor(sampled_rows, dtype=torch.int64, device=self.device),
         )
-        return dict(zip(names, self.sampler.sample(logits, rows), strict=True)) if rows else {}
-
-    def _metadata(self, scheduled: Sequence[ScheduledRequest]) -> tuple[torch.Tensor, AttentionMetadata]:
-        counts = np.array([entry.num_scheduled_tokens for entry in scheduled], dtype=np.int32)
-        starts = np.array([entry.request.num_computed_tokens for entry in scheduled], dtype=np.int32)
-        cu_seqlens_q = np.zeros(len(scheduled) + 1, dtype=np.int32)
-        np.cumsum(counts, out=cu_seqlens_q[1:])
-        positions = np.arange(cu_seqlens_q[-1], dtype=np.int64) + np.repeat(starts - cu_seqlens_q[:-1], counts)
-
-        block_table = np.zeros((len(scheduled), max(len(e.request.block_ids) for e in scheduled)), dtype=np.int32)
-        for row, entry in enumerate(scheduled):
-            block_table[row, : len(entry.request.block_ids)] = entry.request.block_ids
-        block_ids = block_table[np.repeat(np.arange(len(scheduled)), counts), positions // self.block_size]
-        slot_mapping = block_ids.astype(np.int64) * self.block_size + positions % self.block_size
-
-        seq_lens = starts + counts
-        metadata = AttentionMetadata(
-            block_table=torch.from_numpy(block_table).to(self.device),
-            slot_mapping=torch.from_numpy(slot_mapping).to(self.device),
-            seq_lens=torch.from_numpy(seq_lens).to(self.device),
-            cu_seqlens_q=torch.from_numpy(cu_seqlens_q).to(self.device),
-            max_query_len=int(counts.max()),
-            max_seq_len=int(seq_lens.max()),
-        )
-        return torch.from_numpy(positions).to(self.device), metadata
+        drawn = iter(self.sampler.sample(logits, rows) if rows else ())
+        return {
+            entry.request.request_id: accept(entry.draft_token_ids, list(islice(drawn, 1 + len(entry.draft_token_ids))))
+            for entry in sampling
+        }
