@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from relevo.core.errors import InvalidRequest, StartupError
+from relevo.fast_encoding import fast_encode
 from relevo.model_files import ModelFiles
 from relevo.token_bytes import bytes_function, decodes_bytes_apart, from_byte_level
 
@@ -51,6 +52,9 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._fast_encode = fast_encode(backend)
+        # What the model wants around a text: BOS before it, mostly.
+        self._around = _around(backend)
         self._special_tokens = dict(special_tokens or {})
         self._chat_templates = dict(chat_templates or {})
         self._special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
@@ -92,10 +96,12 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"text is not valid Unicode: {error.reason} at character {error.start}") from error
+        if self._fast_encode is not None and (self._around is not None or not add_special_tokens):
+            ids = self._fast_encode(text)
+            return [*self._around[0], *ids, *self._around[1]] if add_special_tokens and self._around else ids
         # fast: without offsets into the text, which nobody asks for; they cost a quarter of the time.
         [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        ids: list[int] = encoding.ids
-        return ids
+        return list(encoding.ids)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text; incomplete or invalid UTF-8 becomes U+FFFD, ids that are no token become nothing."""
@@ -168,6 +174,22 @@ class Tokenizer:
         anchor = self.decode([token_id], skip_special_tokens=False)
         both = self.decode([token_id, token_id], skip_special_tokens=False)
         return both[len(anchor) :].encode()
+
+
+def _around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]] | None:
+    """The special tokens before and after every text; None if they are not the same for two texts."""
+    found = set()
+    for text in ("a", "b c"):
+        bare = backend.encode(text, add_special_tokens=False).ids
+        whole = backend.encode(text, add_special_tokens=True).ids
+        starts = [at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare]
+        if not bare or len(starts) != 1:
+            return None
+        found.add((tuple(whole[: starts[0]]), tuple(whole[starts[0] + len(bare) :])))
+    if len(found) != 1:
+        return None
+    [(before, after)] = found
+    return list(before), list(after)
 
 
 def _load(folder: Path) -> Tokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 from contextlib import suppress
 from ssl import SSLContext
@@ -86,6 +87,7 @@ async def serve(settings: RouterSettings, process: Process) -> None:
     scheme = "http" if tls is None else "https"
     process.ready(address=server.address, http=f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
     await asyncio.to_thread(_warm_up, tokenizer)  # only now: the workers had more use for the cores
+    gc.freeze()  # what is there now stays, and need not be looked through again and again
 
 
 def _read_keys(settings: RouterSettings) -> KeyRing | None:

@@ -128,7 +128,8 @@ async def test_greedy_tokens_are_those_of_transformers(
             before = prefill.num_computed_tokens
             assert tokens(await router.generate_all(prompts(), GREEDY)) == expected
             assert other_decode.num_computed_tokens == num_computed(expected, unsent)
-            # At most: the agent has all blocks, so decode may be done before prefill's turn came, which then is cancelled.
+            # At most: the agent has all blocks, so decode may be done before prefill's turn came.
+            # Prefill is cancelled then.
             assert prefill.num_computed_tokens - before <= sum(
                 num_uncached for num_uncached, prompt in zip(warm, prompts(), strict=True) if num_full(prompt)
             )

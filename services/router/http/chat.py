@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NotRequired
 
@@ -65,7 +65,7 @@ class ChatChunk(TypedDict):
 
 
 async def create_chat_completion(serving: Serving, exchange: Exchange, body: ChatRequest) -> GenerationResponse:
-    head = AnswerHead(f"chatcmpl-{uuid.uuid4().hex}", serving.model_name(body.model))
+    head = AnswerHead(f"chatcmpl-{secrets.token_hex(16)}", serving.model_name(body.model))
     newer = body.max_completion_tokens
     max_tokens = body.max_tokens if newer is None else newer
     logprobs = (body.top_logprobs or 0) if body.logprobs else None

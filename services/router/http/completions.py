@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NotRequired
 
@@ -41,7 +41,7 @@ class CompletionReply(TypedDict):
 
 
 async def create_completion(serving: Serving, exchange: Exchange, body: CompletionRequest) -> GenerationResponse:
-    head = AnswerHead(f"cmpl-{uuid.uuid4().hex}", serving.model_name(body.model))
+    head = AnswerHead(f"cmpl-{secrets.token_hex(16)}", serving.model_name(body.model))
     default = serving.defaults.max_tokens or DEFAULT_MAX_TOKENS
     sampling = make_sampling(body, serving.defaults, max_tokens=body.max_tokens, logprobs=body.logprobs)
     serving.check_num_choices(len(body.prompt), body.n)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import secrets
 import time
-import uuid
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
@@ -184,7 +184,7 @@ def _request_id(scope: Scope) -> str:
     given = (_header(scope, b"x-request-id") or b"").decode("latin-1")
     if 0 < len(given) <= MAX_REQUEST_ID_CHARS and given.isascii() and given.isprintable():
         return given
-    return uuid.uuid4().hex
+    return secrets.token_hex(16)
 
 
 def _timeout_ms(scope: Scope) -> int | None:

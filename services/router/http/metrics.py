@@ -6,6 +6,8 @@ import time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from services.router.http.hot_metrics import HotCounter, HotHistogram
+
 # Seconds. vLLM's bounds, so that dashboards carry over.
 _TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _ITL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
@@ -41,14 +43,14 @@ class EdgeMetrics:
         self.cached_prompt_tokens = Counter(
             "relevo_prompt_tokens_cached", "Prompt tokens whose KV was not computed anew.", registry=registry
         )
-        self.generation_tokens = Counter("relevo_generation_tokens", "Output tokens relayed.", registry=registry)
+        self.generation_tokens = HotCounter("relevo_generation_tokens", "Output tokens relayed.", registry=registry)
         self.time_to_first_token = Histogram(
             "relevo_time_to_first_token_seconds",
             "From a request's arrival to its first output token.",
             buckets=_TTFT_BUCKETS,
             registry=registry,
         )
-        self.inter_token_latency = Histogram(
+        self.inter_token_latency = HotHistogram(
             "relevo_inter_token_latency_seconds",
             "Between a choice's output tokens; tokens that come together share their time.",
             buckets=_ITL_BUCKETS,
@@ -85,10 +87,9 @@ class RequestTimes:
         if not self._last:
             self._metrics.time_to_first_token.observe(now - self._arrived)
         if last is not None:
-            for _ in range(num_tokens):
-                self._metrics.inter_token_latency.observe((now - last) / num_tokens)
+            self._metrics.inter_token_latency.observe((now - last) / num_tokens, num_tokens)
         self._last[choice_index] = now
-        self._metrics.generation_tokens.inc(num_tokens)
+        self._metrics.generation_tokens.value += num_tokens
 
     def answered(self, num_prompt_tokens: int, num_cached_tokens: int) -> None:
         self._metrics.prompt_tokens.inc(num_prompt_tokens)

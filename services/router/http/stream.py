@@ -1,8 +1,8 @@
 """The ASGI response that pulls generations, and its two ways of writing: server-sent events, or one JSON object.
 
-The response owns a TaskGroup: one task a choice, and one that waits for the client to hang up. Whatever ends the group
-early cancels the choices' tasks, and each of them closes its generation. Heads go through the app's layers, bodies go
-straight to the server: between a token and the socket there are the detokenizer and orjson.
+The response owns a TaskGroup: one task a choice if there are several, and one that waits for the client to hang up.
+Whatever ends the group early cancels what pulls the choices, and each of them closes its generation. Heads go through
+the app's layers, bodies go straight to the server: between a token and the socket there are the detokenizer and orjson.
 
 A slow reader: `send` waits, so its choices are not pulled; their queues in dispatch are bounded.
 """
@@ -68,7 +68,7 @@ class GenerationResponse(Response):
             try:
                 async with asyncio.TaskGroup() as group:
                     watcher = group.create_task(_watch(receive))
-                    await asyncio.wait([group.create_task(self._pull(choice, send)) for choice in self._choices])
+                    await self._pull_all(group, send)
                     watcher.cancel()
             except ExceptionGroup as failed:
                 await self._fail(_cause(failed))
@@ -77,6 +77,12 @@ class GenerationResponse(Response):
         details = usage["prompt_tokens_details"]
         self._times.answered(usage["prompt_tokens"], details["cached_tokens"] if details else 0)
         await self._writer.finish(usage, send)
+
+    async def _pull_all(self, group: asyncio.TaskGroup, send: Send) -> None:
+        if len(self._choices) == 1:  # nearly always: a task of its own would cost a tenth of the request
+            await self._pull(self._choices[0], send)
+        else:
+            await asyncio.wait([group.create_task(self._pull(choice, send)) for choice in self._choices])
 
     async def _pull(self, choice: Choice, send: Send) -> None:
         try:
