@@ -80,16 +80,17 @@ class Engine:
             BlockPool(num_blocks),
         )
         sampler = Sampler(model.vocab_size, device, kernels)
-        self._runner = ModelRunner(model, self.kv_cache, kernels, sampler, eos_token_ids)
+        self.runner = ModelRunner(model, self.kv_cache, kernels, sampler, eos_token_ids)
         self._turns = Turns(config.turn_file) if config.turn_file and device.type == "cpu" else nullcontext()
         self._cancelled: list[EndedRequest] = []
         self._prefill_tokens_per_second = 0.0
         self._step_times = StepTimes()
-        self._speculator: Speculator | None = None
+        # To be exchanged only between requests.
+        self.speculator: Speculator | None = None
         self._warm_up()
         if config.speculative is not None:
             draft_cache = None if draft_layout is None else KVCache(draft_layout, num_blocks, device)
-            self._speculator = make_speculator(config, self._runner, draft, draft_cache)
+            self.speculator = make_speculator(config, self.runner, draft, draft_cache)
 
     def make_request(
         self,
@@ -169,7 +170,7 @@ class Engine:
         return bool(self.scheduler.waiting or self.scheduler.running or self.scheduler.waiting_for_kv)
 
     def step(self) -> StepResult:
-        speculator = self._speculator
+        speculator = self.speculator
         output = self.scheduler.schedule(speculator.plan(self.scheduler.running) if speculator else None)
         started = time.perf_counter()
         sampled: dict[str, list[SampledToken]] = {}
@@ -178,7 +179,7 @@ class Engine:
                 if speculator:
                     output = speculator.propose(output)
                 proposed = time.perf_counter()
-                sampled = self._runner.run(output.scheduled)
+                sampled = self.runner.run(output.scheduled)
             if speculator:
                 speculator.learn(output.scheduled, sampled, time.perf_counter() - proposed)
         token_ids = {
@@ -202,7 +203,7 @@ class Engine:
             prefill_tokens_per_second=self._prefill_tokens_per_second,
             step_seconds=self._step_times.step_seconds,
             step_seconds_per_request=self._step_times.step_seconds_per_request,
-            speculation=self._speculator.stats() if self._speculator else None,
+            speculation=self.speculator.stats() if self.speculator else None,
         )
 
     def _result(
@@ -238,10 +239,10 @@ class Engine:
 
     def _ended(self, request: Request, reason: FinishReason) -> EndedRequest:
         num_drafted = num_accepted = 0
-        if self._speculator is not None:
+        if self.speculator is not None:
             if reason is not FinishReason.CANCELLED:
-                self._speculator.ended(request)
-            num_drafted, num_accepted = self._speculator.forget(request.request_id)
+                self.speculator.ended(request)
+            num_drafted, num_accepted = self.speculator.forget(request.request_id)
         return EndedRequest(request.request_id, reason, request.num_cached_tokens, num_drafted, num_accepted)
 
     def _measure(self, output: SchedulerOutput, num_sampled_tokens: int, seconds: float) -> None:

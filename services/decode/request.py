@@ -131,7 +131,9 @@ class DecodeRequest:
             self._request.num_prompt_tokens, max(ended.num_cached_tokens, self._num_taken_in_tokens)
         )
         if self._error is None:
-            self._reply.end(finished(ended.finish_reason, num_cached_tokens))
+            self._reply.end(
+                finished(ended.finish_reason, num_cached_tokens, ended.num_draft_tokens, ended.num_accepted_tokens)
+            )
         else:
             self._reply.end(failed(self._error, num_cached_tokens))
         self._log("ended: %s", ended.finish_reason.value if self._error is None else self._error.message)

@@ -43,6 +43,7 @@ def sampling_from_pb(message: pb.SamplingParams, *, max_tokens: int | None = Non
         logprobs=message.logprobs if message.HasField("logprobs") else None,
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
+        num_speculative_tokens=(message.num_speculative_tokens if message.HasField("num_speculative_tokens") else None),
     )
 
 
@@ -50,8 +51,15 @@ def tokens_to_pb(tokens: NewTokens) -> pb.Tokens:
     return pb.Tokens(token_ids=tokens.token_ids, logprobs=_logprobs_to_pb(tokens.logprobs))
 
 
-def finished(reason: FinishReason, num_cached_tokens: int) -> pb.Ended:
-    return pb.Ended(finish_reason=_FINISH_REASONS[reason], num_cached_tokens=num_cached_tokens)
+def finished(
+    reason: FinishReason, num_cached_tokens: int, num_draft_tokens: int = 0, num_accepted_tokens: int = 0
+) -> pb.Ended:
+    return pb.Ended(
+        finish_reason=_FINISH_REASONS[reason],
+        num_cached_tokens=num_cached_tokens,
+        num_draft_tokens=num_draft_tokens,
+        num_accepted_tokens=num_accepted_tokens,
+    )
 
 
 def failed(error: RelevoError, num_cached_tokens: int = 0) -> pb.Ended:
@@ -74,6 +82,7 @@ def load_to_pb(load: EngineLoad, transfer_bytes_per_second: float) -> pb.Load:
         step_seconds=load.step_seconds,
         step_seconds_per_request=load.step_seconds_per_request,
         transfer_bytes_per_second=transfer_bytes_per_second,
+        spec_decode_acceptance_length=load.speculation.acceptance_length if load.speculation else 0.0,
     )
 
 

@@ -19,6 +19,7 @@ def make_engine(path: str, speculative: str | None = None, **options: Any) -> En
         "attention_backend": "cpu",
         "speculative": speculative,
         "adaptive_speculation": False,
+        "threads": 1,
     }
     return Engine(EngineConfig(model=path, **{**defaults, **options}))
 

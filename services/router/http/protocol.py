@@ -20,6 +20,7 @@ from services.router.http.unsupported import ANY, CHAT, COMPLETION, Harmless
 
 MAX_N = 128
 MAX_STOP_STRINGS = 64
+MAX_SPECULATIVE_TOKENS = 2**32 - 1
 MAX_PRIORITY = 2**31 - 1
 MAX_LISTED_IDS = 1024  # in logit_bias and stop_token_ids: gRPC messages stay under 1 MiB
 
@@ -114,6 +115,12 @@ class SamplingBody(RequestBody):
     )
     stop_token_ids: list[int] = Field([], max_length=MAX_LISTED_IDS, description="These end the answer.")
     ignore_eos: bool = False
+    num_speculative_tokens: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_SPECULATIVE_TOKENS,
+        description="Most drafts a step; 0 = none. Changes speed, never the answer.",
+    )
     skip_special_tokens: bool = Field(True, description="Leave special tokens out of the text.")
     n: int = Field(1, ge=1, le=MAX_N, description="Choices for each prompt.")
     stream: bool = False

@@ -74,6 +74,7 @@ def make_sampling(
         stop_token_ids=tuple(body.stop_token_ids),
         ignore_eos=body.ignore_eos,
         skip_special_tokens=body.skip_special_tokens,
+        num_speculative_tokens=body.num_speculative_tokens,
     )
 
 
@@ -120,6 +121,7 @@ def sampling_to_proto(
         logprobs=sampling.logprobs,
         stop_token_ids=sampling.stop_token_ids,
         ignore_eos=sampling.ignore_eos,
+        num_speculative_tokens=sampling.num_speculative_tokens,
     )
 
 
