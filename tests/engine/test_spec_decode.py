@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from relevo.core.errors import StartupError
 from relevo.core.sampling_params import SamplingParams
+from relevo.engine.config import EngineConfig
 from relevo.engine.engine import Engine
 from relevo.engine.step_result import NewTokens
 from tests.engine.spec_engines import generate, make_engine
@@ -83,3 +87,115 @@ def test_speculative_equals_plain_for_every_parameter(path: str, plain: Engine, 
     stats = engine.load().speculation
     assert stats is not None and stats.num_accepted_tokens > 20
     assert sum(stats.num_accepted_tokens_per_pos) == stats.num_accepted_tokens <= stats.num_draft_tokens
+
+
+LONG = SamplingParams(max_tokens=40, temperature=0.8, seed=1, ignore_eos=True)
+
+
+def accepted_share(engine: Engine) -> float:
+    stats = engine.load().speculation
+    assert stats is not None and stats.num_draft_tokens > 10
+    return stats.num_accepted_tokens / stats.num_draft_tokens
+
+
+def test_draft_kv_is_whole_after_preemption(path: str, plain: Engine) -> None:
+    """The draft is the target itself: a draft that is rejected would mean that its KV is not that of the text."""
+    token_lists = [prompt[-20:] for prompt in prompts()] * 2
+    expected = generate(plain, [(token_ids, LONG) for token_ids in token_lists])
+    num_blocks = 12
+    tight = make_engine(
+        path, f"draft:{path}", kv_cache_memory=2 * num_blocks * plain.info.block_bytes, max_model_len=96
+    )
+    assert tight.info.num_blocks == num_blocks
+    num_preempted = 0
+    original = tight.scheduler._preempt
+
+    def counting(request: Any) -> None:
+        nonlocal num_preempted
+        num_preempted += 1
+        original(request)
+
+    tight.scheduler._preempt = counting  # type: ignore[method-assign]
+    assert_equal(generate(tight, [(token_ids, LONG) for token_ids in token_lists]), expected)
+    assert num_preempted and accepted_share(tight) == 1.0
+
+
+def test_draft_kv_of_blocks_that_were_found_or_came_from_elsewhere_is_computed_first(path: str, plain: Engine) -> None:
+    """Blocks of a request that had no drafts; then a prompt whose KV another engine computed, with its first token."""
+    engine = make_engine(path, f"draft:{path}", max_num_batched_tokens=32, max_num_seqs=8)
+    prompt = prompts()[3]
+    quiet = SamplingParams(max_tokens=2, temperature=0.0, seed=0, num_speculative_tokens=0)
+    generate(engine, [(prompt, quiet)])
+    assert_equal(generate(engine, [(prompt, LONG)]), generate(plain, [(prompt, LONG)]))
+    assert accepted_share(engine) == 1.0
+
+    expected = generate(plain, [(prompt, LONG)], salt="other")[0].token_ids
+    request = engine.make_request("split", prompt, LONG, cache_salt="split", await_kv=True)
+    engine.submit(request)
+    reserved = engine.step().reserved[0]
+    # `plain` holds the same prompt's blocks, under the other salt's names.
+    there = plain.make_request("names", prompt, LONG, cache_salt="other").block_hashes(len(prompt))
+    buffer = np.empty(plain.info.block_bytes, dtype=np.uint8)
+    for name, block_id in zip(there, reserved.block_ids, strict=True):
+        plain.kv_cache.read_block(plain.pin([name])[name], buffer)
+        engine.kv_cache.write_block(block_id, buffer)
+    plain.unpin(list(plain.scheduler._pinned))
+    engine.resume("split", len(there) * 16, expected[:1])
+    answer = expected[:1]
+    while engine.has_unfinished_requests:
+        for tokens in engine.step().tokens:
+            answer += tokens.token_ids
+    assert answer == expected and accepted_share(engine) == 1.0
+
+
+def test_a_request_that_moved_here_goes_on_as_it_would_have(path: str, plain: Engine) -> None:
+    expected = generate(plain, [(prompts()[1], LONG)])[0].token_ids
+    engine = make_engine(path, f"draft:{path}")
+    request = engine.make_request("moved", [*prompts()[1], *expected[:17]], LONG, num_output_tokens=17)
+    engine.submit(request)
+    answer = expected[:17]
+    while engine.has_unfinished_requests:
+        for tokens in engine.step().tokens:
+            answer += tokens.token_ids
+    assert answer == expected and accepted_share(engine) == 1.0
+
+
+def test_a_draft_of_other_weights_changes_nothing(path: str, plain: Engine, tiny_models: TinyModels) -> None:
+    """It has another vocabulary, too, and next to nothing of it is accepted."""
+    engine = make_engine(path, f"draft:{tiny_models.path('qwen2')}", num_speculative_tokens=3)
+    assert_equal(generate(engine, asks(20)), generate(plain, asks(20)))
+    assert accepted_share(engine) < 0.5
+
+
+def test_recent_answers_help_within_one_salt_only(path: str) -> None:
+    engine = make_engine(path, "suffix")
+    ask = (prompts()[2], replace(LONG, temperature=1.0))
+    lengths = []
+    for salt in ("a", "b", "b"):
+        before = engine.load().speculation
+        generate(engine, [ask], salt=salt)
+        after = engine.load().speculation
+        assert before is not None and after is not None
+        lengths.append(after.num_accepted_tokens - before.num_accepted_tokens)
+    assert lengths[1] == lengths[0] < 10 and lengths[2] > 25
+
+
+def test_ended_requests_leave_nothing_behind(path: str) -> None:
+    for kind in ("ngram", "suffix", f"draft:{path}"):
+        engine = make_engine(path, kind)
+        request = engine.make_request("aborted", [7, 9] * 10, replace(LONG, logit_bias={7: 100.0, 9: 100.0}))
+        engine.submit(request)
+        for _ in range(4):
+            engine.step()
+        engine.abort("aborted")
+        ended = engine.step().ended
+        assert [(e.request_id, e.num_draft_tokens > 0) for e in ended] == [("aborted", True)]
+        assert engine.speculator is not None and not engine.speculator._drafting
+        proposer: Any = engine.speculator.proposer
+        assert not (vars(proposer).get("_indexes") or vars(proposer).get("_matches") or vars(proposer).get("_progress"))
+
+
+@pytest.mark.parametrize("value", ["draft", "draft:", "ngram:3", "medusa", ""])
+def test_unknown_proposers_are_refused(value: str) -> None:
+    with pytest.raises(StartupError, match="speculative must be"):
+        EngineConfig(speculative=value)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping
 
-OWN_WEIGHT = 0.1  # of a new measurement, at the rows where it was made
-SHARED_WEIGHT = 0.02  # at all others: the machine has become slower or faster as a whole
+OWN_WEIGHT = 0.2  # of a new measurement, at the rows where it was made
+SHARED_WEIGHT = 0.01  # at all others: the machine has become slower or faster as a whole
 MAX_RATIO = 2.0  # one pass that took far longer (a core was lost, something was compiled) says little
 
 

@@ -16,6 +16,8 @@ from relevo.engine.spec_decode.row_costs import RowCosts
 from relevo.engine.spec_decode.stats import SpecDecodeStats, StatsCounter
 
 STEPS_A_PLAN = 8  # planning takes a good part of a millisecond; what it goes by changes slowly
+STEPS_A_PLAIN_ONE = 24
+FIRST_STEPS = 96  # with drafts, in which plain ones come more often
 PROBE_SHARE = 0.01  # of the time, for drafts that are not expected to pay: they may by now
 PROBE_DRAFTS = 2
 ANSWER_TOKENS = 64.0  # an answer, where none was measured
@@ -59,6 +61,7 @@ class Speculator:
         self._planned: dict[str, int] = {}
         self._planned_for: tuple[int, int] = (0, 0)
         self._steps_left = 0
+        self._steps_with_drafts = 0
         self._credit_seconds = 0.0  # for probes
         self._answer_tokens = ANSWER_TOKENS
         self._propose_seconds = 0.0  # of the step in progress
@@ -77,6 +80,13 @@ class Speculator:
             self._planned_for = composition
             self._steps_left = STEPS_A_PLAN
         self._steps_left -= 1
+        if not self._planned:
+            return {}
+        # What steps without drafts take must be known as well, or drafts seem to pay for ever.
+        self._steps_with_drafts += 1
+        every = STEPS_A_PLAIN_ONE if self._steps_with_drafts > FIRST_STEPS else STEPS_A_PLAIN_ONE // 6
+        if self._steps_with_drafts % every == 0:
+            return {}
         return self._planned
 
     def propose(self, output: SchedulerOutput) -> SchedulerOutput:

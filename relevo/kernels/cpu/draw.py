@@ -141,7 +141,7 @@ def _draw_row(params: Params, logits: int, vocab: int, memory: int) -> int:
     if top_p < 1.0:
         lowest = keep_nucleus(memory, blocks, lowest, math.ceil(top_p * weight) * 1.0, histogram, heap)
         _weigh(memory, sums, blocks, lowest)
-    return race(memory, sums, blocks, lowest, np.int64(double_of(params.uniform) * 2.0**53))
+    return race(memory, sums, blocks, lowest, int(double_of(params.uniform) * 2.0**53))
 
 
 @jit
