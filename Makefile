@@ -1,6 +1,7 @@
 # make serve   set up if needed, then serve the demo model (MODEL=… PORT=… ARGS="…" for more)
 # make test    set up if needed, then run every test
 # make check   what CI checks: style, types, import law, generated code
+# make test-compose   build the images, start the stack of compose.yaml and disturb it; needs Docker and Compose
 # make bench-peers   Relevo and its peers, alternately, on these cores (PEERS=… ROUNDS=… DTYPE=… SHAPE=…)
 # make setup   the virtual environment with everything; the others call it
 
@@ -19,7 +20,7 @@ RELEVO ?=
 
 PYTHON := .venv/bin/python
 
-.PHONY: setup serve test check bench-peers protos format clean
+.PHONY: setup serve test test-compose check bench-peers protos format clean
 
 setup: .venv/.complete
 
@@ -31,6 +32,9 @@ serve: setup
 
 test: setup
 	$(PYTHON) -m pytest -n $(JOBS) --dist loadscope
+
+test-compose: setup
+	$(PYTHON) -m pytest tests/compose -m compose -x -s
 
 check: setup
 	$(PYTHON) -m ruff check .

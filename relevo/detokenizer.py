@@ -12,6 +12,7 @@ class Detokenizer:
     """The text of one choice. All that push() and finish() return, joined, is how the output continues the prompt.
 
     stop: the text ends before the stop string that is complete first (of several that end together: the longest)
+    include_stop: the stop string is part of the text
     min_tokens: stop strings that end within so many tokens are text like any other
     tokenizer: None writes the ids in decimal, separated by spaces
     """
@@ -22,12 +23,14 @@ class Detokenizer:
         prompt_token_ids: Sequence[int],
         *,
         stop: Sequence[str] = (),
+        include_stop: bool = False,
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._min_tokens = min_tokens
+        self._include_stop = include_stop
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._has_text = tokenizer is not None and self._begin_after(tokenizer, prompt_token_ids)
         self._matchers = [_Matcher(stop_string) for stop_string in stop]
@@ -97,7 +100,7 @@ class Detokenizer:
                 self.stop_string = max(complete, key=len)
                 known = self._held + text[: index + 1]
                 self._held = ""
-                return known[: len(known) - len(self.stop_string)]
+                return known if self._include_stop else known[: len(known) - len(self.stop_string)]
         known = self._held + text
         num_held = max(matcher.num_matched for matcher in self._matchers)
         shown, self._held = known[: len(known) - num_held], known[len(known) - num_held :]

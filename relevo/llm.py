@@ -16,9 +16,10 @@ from relevo.core.sampling_params import MAX_SEED, SamplingParams
 from relevo.detokenizer import Detokenizer
 from relevo.engine.config import EngineConfig
 from relevo.engine.engine import Engine
-from relevo.engine.sampler import TokenLogprobs
+from relevo.engine.logprobs import TokenLogprobs
 from relevo.engine.step_result import StepResult
 from relevo.model_files import GenerationDefaults, generation_defaults, resolve_model
+from relevo.prompts import resolve_bad_words, truncate_prompt
 from relevo.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -59,15 +60,15 @@ class LLM:
     ) -> list[Completion]:
         """One completion a prompt, in order. A prompt is text or token ids. Without `sampling`: the model's defaults.
 
-        Raises InvalidRequest for a prompt or parameter that can't be served; then nothing is generated.
+        Raises InvalidRequest for a prompt or parameter that can't be served; then there are no answers.
         """
-        token_lists = [self._encode(prompt) for prompt in _prompt_list(prompts)]
+        listed = _prompt_list(prompts)
         if sampling is None:
             sampling = default_sampling(self._defaults)
-        params = [sampling] * len(token_lists) if isinstance(sampling, SamplingParams) else list(sampling)
-        if len(params) != len(token_lists):
-            raise InvalidRequest(f"{len(token_lists)} prompts, but {len(params)} sampling parameters", "sampling")
-        answers = [self._answer(ids, each) for ids, each in zip(token_lists, params, strict=True)]
+        params = [sampling] * len(listed) if isinstance(sampling, SamplingParams) else list(sampling)
+        if len(params) != len(listed):
+            raise InvalidRequest(f"{len(listed)} prompts, but {len(params)} sampling parameters", "sampling")
+        answers = [self._answer(self._encode(prompt, each), each) for prompt, each in zip(listed, params, strict=True)]
         self._run(answers, progress=progress)
         return [answer.completion() for answer in answers]
 
@@ -87,20 +88,23 @@ class LLM:
         ]
         return self.generate(prompts, sampling, progress=progress)
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def _encode(self, prompt: Prompt, sampling: SamplingParams) -> list[int]:
+        max_model_len = self._engine.info.max_model_len
         if not isinstance(prompt, str):
-            return list(prompt)
+            return truncate_prompt(list(prompt), sampling, max_model_len, None)
         if self.tokenizer is None:
             raise InvalidRequest("this model has no tokenizer: give token ids", "prompt")
-        return self.tokenizer.encode(prompt)
+        return truncate_prompt(self.tokenizer.encode(prompt), sampling, max_model_len, self.tokenizer)
 
     def _answer(self, token_ids: list[int], sampling: SamplingParams) -> _Answer:
         if sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbelow(MAX_SEED + 1))
+        sampling = resolve_bad_words(sampling, self.tokenizer)
         detokenizer = Detokenizer(
             self.tokenizer,
             token_ids,
             stop=sampling.stop,
+            include_stop=sampling.include_stop_str_in_output,
             skip_special_tokens=sampling.skip_special_tokens,
             min_tokens=sampling.min_tokens,
         )
@@ -127,7 +131,11 @@ class LLM:
                 self._engine.abort(tokens.request_id)
         for ended in result.ended:
             answer = open_answers.pop(ended.request_id, None)
+            if answer is not None and ended.error is not None:
+                raise ended.error
             if answer is not None:
+                if ended.error is not None:
+                    raise ended.error
                 answer.end(ended.finish_reason, ended.num_cached_tokens)
                 advance()
 
@@ -149,6 +157,8 @@ class _Answer:
             return False
         self._token_ids += token_ids
         self._logprobs += logprobs
+        if not self.request.sampling.include_stop_str_in_output and token_ids[-1] in self.request.stop_token_ids:
+            token_ids = token_ids[:-1]
         self._text.append(self._detokenizer.push(token_ids))
         return self._detokenizer.stopped
 

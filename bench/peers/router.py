@@ -20,16 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.peers.servers import ROOT, install
-from relevo.bench.router import (
-    NUM_PROMPTS,
-    BenchWorker,
-    RouterBenchConfig,
-    RouterBenchResult,
-    bench_router,
-    measure,
-    pin,
-    prompts,
-)
+from relevo.bench.router import NUM_PROMPTS, RouterBenchConfig, RouterBenchResult, bench_router, measure, pin
+from relevo.bench.router_processes import BenchWorker, prompts
 
 START_SECONDS = 60.0
 PEERS = {

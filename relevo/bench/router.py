@@ -6,28 +6,20 @@ of time is reported. All figures include tokenizing, hashing, placing and detoke
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import random
-import subprocess
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import quantiles
-from typing import IO, Any
+from typing import Any
 
-import orjson
+from relevo.bench.http_load import Load, closed_loop
+from relevo.bench.kv_processes import cpu_seconds
+from relevo.bench.router_processes import BenchWorker, completion_requests, prompts, start_router
+from relevo.bench.router_scaling import ScalingCase, measure_scaling
 
-from relevo.bench.http_load import Load, closed_loop, post
-from relevo.bench.kv_processes import END_SECONDS, cpu_seconds, end_process
-from relevo.core.errors import StartupError
-from relevo.model_files import resolve_model
-from relevo.tokenizer import Tokenizer
-
-_PATH = "/v1/completions"
 NUM_PROMPTS = 64
 
 
@@ -65,24 +57,10 @@ class RouterBenchResult:
     added_ttft_p99_ms: float
     streams: list[StreamCase] = field(default_factory=list)
     rss_mib: float = 0.0
+    scaling: ScalingCase | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def prompts(input_len: int, count: int) -> list[str]:
-    """Texts of that many tokens of the demo's tokenizer, all different."""
-    tokenizer = Tokenizer.from_files(resolve_model(None, weights=False))
-    assert tokenizer is not None
-    numbers = random.Random(0)
-    words = [tokenizer.decode([token_id]) for token_id in range(300, 3300)]
-    plain = [word for word in words if word.isascii() and word.strip().isalpha() and word.startswith(" ")]
-    texts: list[str] = []
-    while len(texts) < count:
-        text = "".join(numbers.choice(plain) for _ in range(input_len))
-        ids = tokenizer.encode(text, add_special_tokens=False)[:input_len]
-        texts.append(tokenizer.decode(ids))
-    return texts
 
 
 async def bench_router(config: RouterBenchConfig) -> RouterBenchResult:
@@ -91,8 +69,11 @@ async def bench_router(config: RouterBenchConfig) -> RouterBenchResult:
     with ExitStack() as stack:
         router_core, other_core = pin(stack)
         workers = [BenchWorker(stack, "services.router.bench_worker", other_core) for _ in range(config.num_workers)]
-        pid, port = _start_router(stack, [worker.address for worker in workers], router_core)
-        return await measure(config, texts, workers, pid, port)
+        pid, port = start_router(stack, [worker.address for worker in workers], router_core)
+        result = await measure(config, texts, workers, pid, port)
+        alone = result.cpu_ms_per_request
+        scaling = await measure_scaling(workers, texts, config.num_clients, config.seconds, alone)
+        return replace(result, scaling=scaling)
 
 
 def pin(stack: ExitStack) -> tuple[int, int]:
@@ -146,7 +127,8 @@ class _Bench:
         """The load, the router's CPU seconds, and those of workers and client."""
         others = [os.getpid(), *(worker.pid for worker in self._workers)]
         before, others_before = cpu_seconds(self._pid), sum(map(cpu_seconds, others))
-        load = await closed_loop("127.0.0.1", self._port, self._requests(stream, max_tokens), concurrency, seconds)
+        requests = completion_requests(self._texts, self._port, stream=stream, max_tokens=max_tokens)
+        load = await closed_loop("127.0.0.1", self._port, requests, concurrency, seconds)
         return load, cpu_seconds(self._pid) - before, sum(map(cpu_seconds, others)) - others_before
 
     async def streams(self, rate: int) -> StreamCase:
@@ -163,54 +145,6 @@ class _Bench:
             router_share=cpu / load.seconds,
             others_share=others / load.seconds,
         )
-
-    def _requests(self, stream: bool, max_tokens: int) -> list[bytes]:
-        bodies = (
-            orjson.dumps(
-                {"model": "bench", "prompt": text, "max_tokens": max_tokens, "stream": stream, "ignore_eos": True}
-            )
-            for text in self._texts
-        )
-        return [post("127.0.0.1", self._port, _PATH, body) for body in bodies]
-
-
-class BenchWorker:
-    """A process that answers without a model; `module` says in which language. Ends with the stack."""
-
-    def __init__(self, stack: ExitStack, module: str, core: int) -> None:
-        process, line = _spawn(stack, [module], core, stdin=subprocess.PIPE)
-        self.pid = process.pid
-        self.address: str = line["address"]
-        assert process.stdin is not None
-        self._commands: IO[bytes] = process.stdin
-        stack.callback(self._commands.close)
-
-    def set_rate(self, tokens_per_second: float) -> None:
-        self._commands.write(f"rate {tokens_per_second}\n".encode())
-        self._commands.flush()
-
-
-def _start_router(stack: ExitStack, workers: Sequence[str], core: int) -> tuple[int, int]:
-    flags = ["--port", "0", "--http-port", "0", "--decode", ",".join(workers), "--log-level", "error"]
-    flags += ["--served-model-name", "bench"]
-    process, line = _spawn(stack, ["services.router", *flags], core)
-    return process.pid, int(str(line["http"]).rpartition(":")[2])
-
-
-def _spawn(
-    stack: ExitStack, module: Sequence[str], core: int, **options: Any
-) -> tuple[subprocess.Popen[bytes], dict[str, Any]]:
-    ready, fd = os.pipe()
-    command = [sys.executable, "-m", *module, "--ready-fd", str(fd)]
-    process = subprocess.Popen(command, pass_fds=(fd,), **options)
-    stack.callback(end_process, process)
-    os.sched_setaffinity(process.pid, {core})
-    os.close(fd)
-    with os.fdopen(ready, "rb") as lines:
-        line = lines.readline()
-    if not line:
-        raise StartupError(f"{module[0]} did not start (exit code {process.wait(END_SECONDS)})")
-    return process, json.loads(line)
 
 
 def _rss_mib(pid: int) -> float:

@@ -65,6 +65,12 @@ def router_table(result: RouterBenchResult) -> Table:
             ("  CPU ms for 1,000 tokens", f"{case.cpu_ms_per_1000_tokens:.1f}"),
             ("  the router's and the others' share of a core", f"{case.router_share:.2f} / {case.others_share:.2f}"),
         ]
+    if result.scaling is not None:
+        scaling = result.scaling
+        rows += [
+            ("two processes: CPU ms a request", f"{scaling.cpu_ms_per_request:.3f}"),
+            ("  what they can serve, by CPU time, against one", f"{scaling.capacity_ratio:.2f} ×"),
+        ]
     rows.append(("RSS", f"{result.rss_mib:.0f} MiB"))
     for row in rows:
         table.add_row(*row)

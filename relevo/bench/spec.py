@@ -25,7 +25,9 @@ from relevo.core.request import Request
 from relevo.core.sampling_params import SamplingParams
 from relevo.core.scheduler import ScheduledRequest
 from relevo.engine.engine import Engine
-from relevo.engine.sampler import SampledToken, Sampler, SamplingRow
+from relevo.engine.grammar_masks import Masks
+from relevo.engine.logits_processing import SamplingRow
+from relevo.engine.sampler import Sampled, SampledToken, Sampler
 from relevo.engine.spec_decode.ngram import NgramProposer
 from relevo.engine.spec_decode.proposer import Proposer
 from relevo.engine.spec_decode.speculator import Speculator
@@ -77,11 +79,12 @@ class ScriptedSampler(Sampler):
         super().__init__(sampler.vocab_size, sampler.device, sampler.kernels)
         self._script = script
 
-    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
-        drawn = super().sample(logits, rows)
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow], masks: Masks | None = None) -> list[Sampled]:
+        drawn = super().sample(logits, rows, masks)
+        said = [self._script.token(row, len(row.token_ids)) for row in rows]
         return [
-            SampledToken(self._script.token(row, len(row.token_ids)), token.logprobs)
-            for row, token in zip(rows, drawn, strict=True)
+            replace(token, token_id=token_id) if isinstance(token, SampledToken) else token
+            for token, token_id in zip(drawn, said, strict=True)
         ]
 
 

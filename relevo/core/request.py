@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from relevo.core.block_hash import BlockHash, hash_blocks
+from relevo.core.output_grammar import OutputGrammar
 from relevo.core.sampling_params import SamplingParams
 
 
@@ -42,6 +43,7 @@ class Request:
     block_size: int
     await_kv: bool = False  # reserve the prompt's blocks, then wait until resume()
     hold_blocks: bool = False  # keep blocks after the end, until release()
+    grammar: OutputGrammar | None = None  # what the output must fit
 
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None

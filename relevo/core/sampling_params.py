@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from relevo.core.errors import InvalidRequest
+from relevo.core.structured_outputs import StructuredOutputs
 
 MAX_LOGPROBS = 20
+MAX_LOGPROB_TOKEN_IDS = 128
 MAX_SEED = 2**63 - 1
 
 
@@ -21,7 +23,15 @@ class SamplingParams:
     seed: None takes a random one where the request enters the system; after that it is always set
     logprobs: None for none, 0 for the chosen token's, k for the k likeliest as well
     num_speculative_tokens: at most so many drafts a step; 0: none; None: what the engine has. Changes no token
+    structured_outputs: what the text must fit. It ends where the grammar does, min_tokens or not; EOS cannot be ignored
     stop: strings; whoever detokenizes looks for them (router, LLM), the engine never sees them
+    include_stop_str_in_output: the text ends with the stop string, or stop token, that ended it
+    allowed_token_ids: None = all; else nothing but these is chosen
+    bad_words: strings that the output does not contain; whoever tokenizes makes bad_words_token_ids of them, and those
+        are what the engine looks at
+    logprob_token_ids: with logprobs, these tokens' instead of the likeliest ones'
+    prompt_logprobs: of the prompt's tokens, as logprobs; None for none
+    truncate_prompt_tokens: keep so many of the prompt's last tokens; -1 = as many as the model takes beside max_tokens
 
     Raises InvalidRequest naming the parameter, its value and what is allowed.
     """
@@ -43,6 +53,14 @@ class SamplingParams:
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     num_speculative_tokens: int | None = None
+    include_stop_str_in_output: bool = False
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    logprob_token_ids: tuple[int, ...] = ()
+    prompt_logprobs: int | None = None
+    truncate_prompt_tokens: int | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -67,8 +85,42 @@ class SamplingParams:
             _check_float("logit_bias", bias, -100.0, 100.0)
         for token_id in self.stop_token_ids:
             _check_int("stop_token_ids", token_id, 0, None)
+        if self.structured_outputs is not None and self.ignore_eos:
+            raise InvalidRequest(
+                "ignore_eos contradicts structured_outputs: such an answer ends with its grammar", "ignore_eos"
+            )
         if any(not isinstance(stop, str) or stop == "" for stop in self.stop):
             raise InvalidRequest("stop must hold non-empty strings", "stop")
+        self._check_choice()
+
+    def _check_choice(self) -> None:
+        if self.allowed_token_ids is not None:
+            if not self.allowed_token_ids:
+                raise InvalidRequest(
+                    "allowed_token_ids must not be empty: leave it out to allow all", "allowed_token_ids"
+                )
+            for token_id in self.allowed_token_ids:
+                _check_int("allowed_token_ids", token_id, 0, None)
+        if any(not isinstance(word, str) or not word.strip() for word in self.bad_words):
+            raise InvalidRequest("bad_words must hold strings that are not blank", "bad_words")
+        for word in self.bad_words_token_ids:
+            if not word:
+                raise InvalidRequest("bad_words_token_ids must not hold empty words", "bad_words_token_ids")
+            for token_id in word:
+                _check_int("bad_words_token_ids", token_id, 0, None)
+        if self.logprob_token_ids and self.logprobs is None:
+            raise InvalidRequest("logprob_token_ids goes with logprobs", "logprob_token_ids")
+        if len(self.logprob_token_ids) > MAX_LOGPROB_TOKEN_IDS:
+            raise InvalidRequest(
+                f"logprob_token_ids must hold at most {MAX_LOGPROB_TOKEN_IDS}, not {len(self.logprob_token_ids)}",
+                "logprob_token_ids",
+            )
+        for token_id in self.logprob_token_ids:
+            _check_int("logprob_token_ids", token_id, 0, None)
+        if self.prompt_logprobs is not None:
+            _check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        if self.truncate_prompt_tokens not in (None, -1):
+            _check_int("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, None)
 
     @property
     def needs_penalties(self) -> bool:

@@ -148,6 +148,13 @@ class Scheduler:
         self._forget(request)
         return request
 
+    def fail(self, request_id: str) -> Request:
+        """End a running request that can't go on. Held blocks stay until release(): somebody may be copying them."""
+        request = self._requests[request_id]
+        request.finish_reason = FinishReason.CANCELLED
+        self._end(request)
+        return request
+
     def release(self, request_id: str) -> None:
         """Free a held request's blocks. Releasing twice is harmless."""
         request = self.held.get(request_id)
@@ -195,7 +202,7 @@ class Scheduler:
                 if request.finish_reason is not None:
                     ended.append(request)
             else:
-                request.num_computed_tokens += scheduled.num_scheduled_tokens
+                request.num_computed_tokens += scheduled.num_scheduled_tokens - len(scheduled.draft_token_ids)
             self._name_blocks(request, request.num_computed_tokens)
         for request in ended:
             self._end(request)

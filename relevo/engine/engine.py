@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -13,7 +14,7 @@ import torch
 from relevo.allocator import keep_freed_memory
 from relevo.core.block_hash import BlockHash, root_hash
 from relevo.core.block_pool import BlockPool
-from relevo.core.errors import InvalidRequest, StartupError
+from relevo.core.errors import InvalidRequest, RelevoError, StartupError
 from relevo.core.request import FinishReason, Request
 from relevo.core.sampling_params import SamplingParams
 from relevo.core.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
@@ -27,13 +28,17 @@ from relevo.engine.spec_decode.speculator import Speculator
 from relevo.engine.step_result import Computed, EndedRequest, EngineLoad, NewTokens, Reserved, StepResult
 from relevo.engine.threads import set_num_threads
 from relevo.engine.turns import Turns
+from relevo.grammar.compiler import GrammarCompiler
+from relevo.grammar.matcher import start_matching
 from relevo.kernels import load_backend
 from relevo.model_files import generation_defaults, resolve_model
 from relevo.models.layout import KVLayout
 from relevo.models.loader import load_model
+from relevo.tokenizer import TOKENIZER_FILE, Tokenizer
 
 logger = logging.getLogger(__name__)
 
+COMPILING_SECONDS = 0.01  # how long a step with nothing else to do waits for grammars
 RATE_WEIGHT = 0.1  # of the newest measurement in the means that EngineLoad reports
 
 
@@ -82,6 +87,12 @@ class Engine:
         sampler = Sampler(model.vocab_size, device, kernels)
         self.runner = ModelRunner(model, self.kv_cache, kernels, sampler, eos_token_ids)
         self._turns = Turns(config.turn_file) if config.turn_file and device.type == "cpu" else nullcontext()
+        self._grammars = GrammarCompiler(
+            lambda: Tokenizer.from_files(files), eos_token_ids, vocab_size=model.vocab_size, compile_seconds=math.inf
+        )
+        if (files.path / TOKENIZER_FILE).is_file():  # another form would have to be converted
+            self._grammars.prepare()
+        self._compiling: dict[str, Request] = {}  # submitted, and not with the scheduler yet
         self._cancelled: list[EndedRequest] = []
         self._prefill_tokens_per_second = 0.0
         self._step_times = StepTimes()
@@ -108,6 +119,7 @@ class Engine:
         sampling.seed must be set; sampling.max_tokens None becomes what is left of the context.
         num_output_tokens: how many of prompt_token_ids, the last ones, are output already: of a request that comes from
         another engine
+        A grammar is compiled from now on, in another thread; what is wrong with it ends the request.
         """
         num_prompt_tokens = len(prompt_token_ids) - num_output_tokens
         max_model_len = self.info.max_model_len
@@ -140,10 +152,18 @@ class Engine:
             block_size=self.info.block_size,
             await_kv=await_kv,
             hold_blocks=hold_blocks,
+            grammar=(
+                start_matching(self._grammars, sampling.structured_outputs, stop_token_ids)
+                if sampling.structured_outputs is not None
+                else None
+            ),
         )
 
     def submit(self, request: Request) -> None:
-        self.scheduler.add(request)
+        if request.grammar is not None:
+            self._compiling[request.request_id] = request
+        else:
+            self.scheduler.add(request)
 
     def resume(self, request_id: str, num_computed_tokens: int, token_ids: list[int]) -> None:
         """See Scheduler.resume. A first token sampled elsewhere never ends a request: whoever sampled it would have."""
@@ -151,7 +171,7 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """End a request and free its blocks; the next step tells, if it had not ended before."""
-        request = self.scheduler.abort(request_id)
+        request = self._compiling.pop(request_id, None) or self.scheduler.abort(request_id)
         if request is not None:
             self._cancelled.append(self._ended(request, FinishReason.CANCELLED))
 
@@ -167,37 +187,66 @@ class Engine:
 
     @property
     def has_unfinished_requests(self) -> bool:
-        return bool(self.scheduler.waiting or self.scheduler.running or self.scheduler.waiting_for_kv)
+        scheduler = self.scheduler
+        return bool(scheduler.waiting or scheduler.running or scheduler.waiting_for_kv or self._compiling)
+
+    @property
+    def is_compiling(self) -> bool:
+        """Requests wait for their grammars: a step that schedules nothing now may schedule something later."""
+        return bool(self._compiling)
 
     def step(self) -> StepResult:
+        self._take_compiled()
         speculator = self.speculator
         output = self.scheduler.schedule(speculator.plan(self.scheduler.running) if speculator else None)
         started = time.perf_counter()
         sampled: dict[str, list[SampledToken]] = {}
+        failed: dict[str, RelevoError] = {}
         if output.scheduled:
             with self._turns:
                 if speculator:
                     output = speculator.propose(output)
                 proposed = time.perf_counter()
-                sampled = self.runner.run(output.scheduled)
+                for name, result in self.runner.run(output.scheduled).items():
+                    if isinstance(result, RelevoError):
+                        failed[name] = result
+                    else:
+                        sampled[name] = result
             if speculator:
                 speculator.learn(output.scheduled, sampled, time.perf_counter() - proposed)
         token_ids = {
-            entry.request.request_id: entry.request.until_end([t.token_id for t in sampled[entry.request.request_id]])
+            entry.request.request_id: entry.request.until_end([token.token_id for token in tokens])
             for entry in output.scheduled
-            if entry.samples
+            if (tokens := sampled.get(entry.request.request_id))
         }
         # Waiting for a turn counts: so long does a step take here.
         self._measure(output, sum(map(len, token_ids.values())), time.perf_counter() - started)
         ended = self.scheduler.update(output, token_ids)
+        for name, error in failed.items():
+            self._cancelled.append(self._ended(self.scheduler.fail(name), FinishReason.CANCELLED, error))
         return self._result(output, token_ids, sampled, ended)
+
+    def _take_compiled(self) -> None:
+        """Give requests whose grammars are there to the scheduler; those whose grammars are wrong end."""
+        for request_id, request in list(self._compiling.items()):
+            grammar = request.grammar
+            assert grammar is not None
+            if not (grammar.is_ready or self.scheduler.running or self.scheduler.waiting):
+                grammar.wait(COMPILING_SECONDS)
+            if grammar.is_ready:
+                del self._compiling[request_id]
+                if grammar.error is None:
+                    self.scheduler.add(request)
+                else:
+                    self._cancelled.append(EndedRequest(request_id, FinishReason.CANCELLED, 0, grammar.error))
 
     def load(self) -> EngineLoad:
         scheduler = self.scheduler
-        unfinished = [*scheduler.running, *scheduler.waiting, *scheduler.waiting_for_kv.values()]
+        waiting = [*scheduler.waiting, *self._compiling.values()]
+        unfinished = [*scheduler.running, *waiting, *scheduler.waiting_for_kv.values()]
         return EngineLoad(
             num_running=len(scheduler.running) + len(scheduler.waiting_for_kv),
-            num_waiting=len(scheduler.waiting),
+            num_waiting=len(waiting),
             num_waiting_tokens=sum(request.num_uncomputed_tokens for request in unfinished),
             num_free_blocks=scheduler.pool.num_free_blocks,
             prefill_tokens_per_second=self._prefill_tokens_per_second,
@@ -231,19 +280,25 @@ class Engine:
                 NewTokens(name, ids, [token.logprobs for token in sampled[name][: len(ids)] if token.logprobs])
                 for name, ids in token_ids.items()
             ],
-            ended=cancelled + [self._ended(r, r.finish_reason) for r in ended if r.finish_reason],
+            # A grammar that has failed has left nothing but the end of text.
+            ended=cancelled
+            + [
+                self._ended(r, r.finish_reason, r.grammar.error if r.grammar else None)
+                for r in ended
+                if r.finish_reason
+            ],
             stored=stored,
             removed=removed,
             num_scheduled_tokens=output.num_scheduled_tokens,
         )
 
-    def _ended(self, request: Request, reason: FinishReason) -> EndedRequest:
+    def _ended(self, request: Request, reason: FinishReason, error: RelevoError | None = None) -> EndedRequest:
         num_drafted = num_accepted = 0
         if self.speculator is not None:
             if reason is not FinishReason.CANCELLED:
                 self.speculator.ended(request)
             num_drafted, num_accepted = self.speculator.forget(request.request_id)
-        return EndedRequest(request.request_id, reason, request.num_cached_tokens, num_drafted, num_accepted)
+        return EndedRequest(request.request_id, reason, request.num_cached_tokens, error, num_drafted, num_accepted)
 
     def _measure(self, output: SchedulerOutput, num_sampled_tokens: int, seconds: float) -> None:
         if not output.scheduled:

@@ -7,10 +7,13 @@ from itertools import islice
 
 import torch
 
+from relevo.core.errors import RelevoError
 from relevo.core.scheduler import ScheduledRequest
 from relevo.engine.batch import Span, flat_batch
+from relevo.engine.grammar_masks import GrammarMasks
 from relevo.engine.kv_cache import KVCache
-from relevo.engine.sampler import SampledToken, Sampler, SamplingRow
+from relevo.engine.logits_processing import SamplingRow
+from relevo.engine.sampler import SampledToken, Sampler
 from relevo.engine.spec_decode.verification import accept, sampling_rows
 from relevo.kernels import Kernels
 from relevo.models.attention import AttentionContext
@@ -30,12 +33,13 @@ class ModelRunner:
         self.eos_token_ids = eos_token_ids
         self.device = kv_cache.storage.device
         self.block_size = kv_cache.layout.block_size
+        self._grammar_masks = GrammarMasks(sampler.vocab_size, self.device)
 
-    def run(self, scheduled: Sequence[ScheduledRequest]) -> dict[str, list[SampledToken]]:
+    def run(self, scheduled: Sequence[ScheduledRequest]) -> dict[str, list[SampledToken] | RelevoError]:
         """Compute the scheduled tokens.
 
         Returns the next tokens of each request whose known tokens are all computed: the drafts that are accepted, and
-        one more. They may go on behind the request's end.
+        one more; or why there is none. They may go on behind the request's end.
         """
         token_ids: list[int] = []
         sampled_rows: list[int] = []  # of the flat batch: those whose logits choose tokens
@@ -48,6 +52,7 @@ class ModelRunner:
                 own = sampling_rows(entry.request, entry.draft_token_ids, self.eos_token_ids)
                 sampled_rows += range(len(token_ids) - len(own), len(token_ids))
                 rows += own
+        masks = self._grammar_masks.begin(rows)
         spans = [Span(e.request.block_ids, e.request.num_computed_tokens, e.num_scheduled_tokens) for e in scheduled]
         positions, metadata = flat_batch(spans, self.block_size, self.device)
         logits = self.model.forward(
@@ -56,7 +61,7 @@ class ModelRunner:
             AttentionContext(metadata=metadata, layers=self.kv_cache.layers, kernels=self.kernels),
             torch.tensor(sampled_rows, dtype=torch.int64, device=self.device),
         )
-        drawn = iter(self.sampler.sample(logits, rows) if rows else ())
+        drawn = iter(self.sampler.sample(logits, rows, masks.result() if masks else None) if rows else ())
         return {
             entry.request.request_id: accept(entry.draft_token_ids, list(islice(drawn, 1 + len(entry.draft_token_ids))))
             for entry in sampling

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from relevo.core.block_hash import BlockHash
+from relevo.core.errors import RelevoError
 from relevo.core.request import FinishReason
-from relevo.engine.sampler import TokenLogprobs
+from relevo.engine.logprobs import TokenLogprobs
 from relevo.engine.spec_decode.stats import SpecDecodeStats
 
 
@@ -37,9 +38,12 @@ class NewTokens:
 
 @dataclass(frozen=True, slots=True)
 class EndedRequest:
+    """error: why it ended before its end, by a fault of its own; finish_reason is CANCELLED then."""
+
     request_id: str
     finish_reason: FinishReason
     num_cached_tokens: int
+    error: RelevoError | None = None
     num_draft_tokens: int = 0  # proposed for it
     num_accepted_tokens: int = 0  # of those
 

@@ -149,6 +149,15 @@ class Kernels(Protocol):
         """
         ...
 
+    def mask_logits(self, logits: Tensor, rows: Tensor, masks: Tensor) -> None:
+        """Set to -inf, in place, what a mask excludes.
+
+        logits: [n, vocab] float32
+        rows:   [m] int64, which rows the masks are of, none twice
+        masks:  [m, ceil(vocab / 32)] int32: bit i % 32 of word i // 32 says that token i stays
+        """
+        ...
+
     def sample(
         self,
         logits: Tensor,

@@ -98,6 +98,13 @@ def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values[:, :k].contiguous(), ids[:, :k].contiguous()
 
 
+def mask_logits(logits: Tensor, rows: Tensor, masks: Tensor) -> None:
+    """See `Kernels.mask_logits`."""
+    bits = (masks.unsqueeze(-1) >> torch.arange(32, device=masks.device, dtype=torch.int32)) & 1
+    excluded = bits.flatten(1)[:, : logits.shape[1]] == 0
+    logits[rows] = logits[rows].masked_fill(excluded, float("-inf"))
+
+
 def score(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     """See `Kernels.score`."""
     likelier = (logits > logits.gather(1, token_ids[:, :1])).sum(dim=-1)

@@ -99,10 +99,13 @@ def draw(weights: Tensor, uniforms: Sequence[float]) -> Tensor:
     n, vocab = weights.shape
     num_blocks = -(-vocab // RACE_BLOCK)
     blocks = torch.nn.functional.pad(weights, (0, num_blocks * RACE_BLOCK - vocab)).view(n, num_blocks, RACE_BLOCK)
-    keys = (np.array(uniforms, dtype=np.float64) * 2.0**53).astype(np.uint64)[:, None]
+    keys = np.array([int(uniform * 2**53) for uniform in uniforms], dtype=np.uint64)[:, None]
     winner = _first(blocks.sum(dim=-1), waiting_times(keys, np.arange(num_blocks, dtype=np.uint64)))
-    first_ids = (winner * RACE_BLOCK).cpu().numpy().astype(np.uint64)[:, None]
-    times = waiting_times(keys, first_ids + np.arange(RACE_BLOCK, dtype=np.uint64) + np.uint64(FIRST_TOKEN))
+    runners: NDArray[np.uint64] = np.array(
+        [range(FIRST_TOKEN + RACE_BLOCK * block, FIRST_TOKEN + RACE_BLOCK * (block + 1)) for block in winner.tolist()],
+        dtype=np.uint64,
+    )
+    times = waiting_times(keys, runners)
     rows = torch.arange(n, device=weights.device)
     return winner * RACE_BLOCK + _first(blocks[rows, winner], times)
 

@@ -64,12 +64,13 @@ class Registration:
 
 
 class GrpcServer:
-    """A bound server: port taken, not started. Health is SERVING from start() to drain()."""
+    """A bound server: port taken, not started. Health is SERVING from start() to drain(), but for set_serving."""
 
     def __init__(self, server: grpc.aio.Server, address: str) -> None:
         self.address = address
         self._server = server
         self._names: list[str] = []
+        self._is_draining = False
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
 
@@ -89,7 +90,14 @@ class GrpcServer:
 
     async def drain(self) -> None:
         """Tell health watchers that this server is leaving; calls are still served."""
+        self._is_draining = True
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    async def set_serving(self, is_serving: bool) -> None:
+        """Tell health watchers whether calls get anywhere. Changes nothing once drain() was called."""
+        if not self._is_draining:
+            status = health_pb2.HealthCheckResponse
+            await self._set_health(status.SERVING if is_serving else status.NOT_SERVING)
 
     async def stop(self, grace_seconds: float) -> None:
         """Refuse new calls, wait up to grace_seconds for those in progress, then cancel them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 
 from prometheus_client import Histogram
 
@@ -20,6 +21,12 @@ class LoopLag:
             buckets=_BUCKETS,
             registry=None,
         )
+        self._recent: deque[float] = deque([0.0], maxlen=round(1 / INTERVAL_SECONDS))
+
+    @property
+    def worst_seconds(self) -> float:
+        """Of the last second."""
+        return max(self._recent)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -27,4 +34,6 @@ class LoopLag:
         while True:
             due = loop.time() + INTERVAL_SECONDS
             await asyncio.sleep(INTERVAL_SECONDS)
-            self.metric.observe(max(0.0, loop.time() - due))
+            lag_seconds = max(0.0, loop.time() - due)
+            self._recent.append(lag_seconds)
+            self.metric.observe(lag_seconds)

@@ -130,6 +130,7 @@ class DecodeRequest:
         num_cached_tokens = min(
             self._request.num_prompt_tokens, max(ended.num_cached_tokens, self._num_taken_in_tokens)
         )
+        self._error = self._error or ended.error
         if self._error is None:
             self._reply.end(
                 finished(ended.finish_reason, num_cached_tokens, ended.num_draft_tokens, ended.num_accepted_tokens)

@@ -107,6 +107,8 @@ class KvTransferServicer(kvtransfer_pb2_grpc.KvTransferServicer):
             num_leases=audit.num_leases,
             num_fetches=audit.num_readers,
             slot_bytes=self._store.arena.slot_bytes,
+            num_blocks_sealed=self._store.counters.sealed_blocks,
+            num_blocks_fetched=self._store.counters.fetched_blocks,
         )
 
     async def WatchBlocks(

@@ -504,6 +504,8 @@ class AuditReply(_message.Message):
     NUM_LEASES_FIELD_NUMBER: _builtins.int
     NUM_FETCHES_FIELD_NUMBER: _builtins.int
     SLOT_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_SEALED_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FETCHED_FIELD_NUMBER: _builtins.int
     num_slots: _builtins.int
     num_free: _builtins.int
     num_granted: _builtins.int
@@ -515,6 +517,10 @@ class AuditReply(_message.Message):
     num_fetches: _builtins.int
     """readers' streams"""
     slot_bytes: _builtins.int
+    num_blocks_sealed: _builtins.int
+    """since the start: brought in by workers and by pulls"""
+    num_blocks_fetched: _builtins.int
+    """since the start: shown to readers"""
     def __init__(
         self,
         *,
@@ -526,10 +532,12 @@ class AuditReply(_message.Message):
         num_leases: _builtins.int = ...,
         num_fetches: _builtins.int = ...,
         slot_bytes: _builtins.int = ...,
+        num_blocks_sealed: _builtins.int = ...,
+        num_blocks_fetched: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_fetches", b"num_fetches", "num_free", b"num_free", "num_granted", b"num_granted", "num_leases", b"num_leases", "num_pinned", b"num_pinned", "num_sealed", b"num_sealed", "num_slots", b"num_slots", "slot_bytes", b"slot_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_blocks_fetched", b"num_blocks_fetched", "num_blocks_sealed", b"num_blocks_sealed", "num_fetches", b"num_fetches", "num_free", b"num_free", "num_granted", b"num_granted", "num_leases", b"num_leases", "num_pinned", b"num_pinned", "num_sealed", b"num_sealed", "num_slots", b"num_slots", "slot_bytes", b"slot_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

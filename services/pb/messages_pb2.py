@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aservices/pb/messages.proto\x12\trelevo.v1\"\xd9\x03\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x13\n\x0btemperature\x18\x03 \x01(\x01\x12\r\n\x05top_p\x18\x04 \x01(\x01\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\r\n\x05min_p\x18\x06 \x01(\x01\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\n \x01(\x01\x12<\n\nlogit_bias\x18\x0b \x03(\x0b\x32(.relevo.v1.SamplingParams.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x0c \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x12\n\nignore_eos\x18\x0e \x01(\x08\x12#\n\x16num_speculative_tokens\x18\x32 \x01(\rH\x01\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0b\n\t_logprobsB\x19\n\x17_num_speculative_tokens\"\xb1\x01\n\x11GenerationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12+\n\x08sampling\x18\x03 \x01(\x0b\x32\x19.relevo.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x04 \x01(\t\x12\x12\n\ntimeout_ms\x18\x05 \x01(\r\x12\x19\n\x11num_output_tokens\x18\x06 \x01(\r\"[\n\x06Ticket\x12\x19\n\x11prefill_worker_id\x18\x01 \x01(\t\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x02 \x01(\t\x12\x1c\n\x14num_blocks_at_decode\x18\x03 \x01(\r\":\n\x07Logprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\r\"T\n\rTokenLogprobs\x12\"\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x12.relevo.v1.Logprob\x12\x1f\n\x03top\x18\x02 \x03(\x0b\x32\x12.relevo.v1.Logprob\"G\n\x06Tokens\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12*\n\x08logprobs\x18\x02 \x03(\x0b\x32\x18.relevo.v1.TokenLogprobs\"R\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05param\x18\x03 \x01(\t\x12\x1b\n\x13retry_after_seconds\x18\x04 \x01(\x01\"\xb5\x01\n\x05\x45nded\x12\x30\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x17.relevo.v1.FinishReasonH\x00\x12!\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x10.relevo.v1.ErrorH\x00\x12\x18\n\x10num_draft_tokens\x18( \x01(\r\x12\x1b\n\x13num_accepted_tokens\x18) \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\rB\x05\n\x03\x65nd\"\xd4\x02\n\x04Load\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x1a\n\x12num_waiting_tokens\x18\x03 \x01(\x04\x12\x17\n\x0fnum_free_blocks\x18\x04 \x01(\r\x12!\n\x19prefill_tokens_per_second\x18\x05 \x01(\x01\x12\x14\n\x0cstep_seconds\x18\x06 \x01(\x01\x12 \n\x18step_seconds_per_request\x18\x07 \x01(\x01\x12!\n\x19transfer_bytes_per_second\x18\x08 \x01(\x01\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\x18\n\x10step_age_seconds\x18\n \x01(\x01\x12%\n\x1dspec_decode_acceptance_length\x18( \x01(\x01\x12\x1c\n\x14longest_step_seconds\x18\x0b \x01(\x01*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aservices/pb/messages.proto\x12\trelevo.v1\"\xf6\x04\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x13\n\x0btemperature\x18\x03 \x01(\x01\x12\r\n\x05top_p\x18\x04 \x01(\x01\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\r\n\x05min_p\x18\x06 \x01(\x01\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\n \x01(\x01\x12<\n\nlogit_bias\x18\x0b \x03(\x0b\x32(.relevo.v1.SamplingParams.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x0c \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x12\n\nignore_eos\x18\x0e \x01(\x08\x12\x19\n\x11\x61llowed_token_ids\x18\x14 \x03(\r\x12+\n\tbad_words\x18\x15 \x03(\x0b\x32\x18.relevo.v1.TokenSequence\x12\x19\n\x11logprob_token_ids\x18\x16 \x03(\r\x12\x38\n\x12structured_outputs\x18( \x01(\x0b\x32\x1c.relevo.v1.StructuredOutputs\x12#\n\x16num_speculative_tokens\x18\x32 \x01(\rH\x01\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0b\n\t_logprobsB\x19\n\x17_num_speculative_tokens\"\"\n\rTokenSequence\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x94\x01\n\x11StructuredOutputs\x12\x0e\n\x04json\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12#\n\x06\x63hoice\x18\x03 \x01(\x0b\x32\x11.relevo.v1.ChoiceH\x00\x12\x11\n\x07grammar\x18\x04 \x01(\tH\x00\x12\x1e\n\x16\x64isable_any_whitespace\x18\x05 \x01(\x08\x42\x06\n\x04kind\"\x17\n\x06\x43hoice\x12\r\n\x05texts\x18\x01 \x03(\t\"\xb1\x01\n\x11GenerationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12+\n\x08sampling\x18\x03 \x01(\x0b\x32\x19.relevo.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x04 \x01(\t\x12\x12\n\ntimeout_ms\x18\x05 \x01(\r\x12\x19\n\x11num_output_tokens\x18\x06 \x01(\r\"[\n\x06Ticket\x12\x19\n\x11prefill_worker_id\x18\x01 \x01(\t\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x02 \x01(\t\x12\x1c\n\x14num_blocks_at_decode\x18\x03 \x01(\r\":\n\x07Logprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\r\"T\n\rTokenLogprobs\x12\"\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x12.relevo.v1.Logprob\x12\x1f\n\x03top\x18\x02 \x03(\x0b\x32\x12.relevo.v1.Logprob\"G\n\x06Tokens\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12*\n\x08logprobs\x18\x02 \x03(\x0b\x32\x18.relevo.v1.TokenLogprobs\"R\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05param\x18\x03 \x01(\t\x12\x1b\n\x13retry_after_seconds\x18\x04 \x01(\x01\"\xb5\x01\n\x05\x45nded\x12\x30\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x17.relevo.v1.FinishReasonH\x00\x12!\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x10.relevo.v1.ErrorH\x00\x12\x18\n\x10num_draft_tokens\x18( \x01(\r\x12\x1b\n\x13num_accepted_tokens\x18) \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\rB\x05\n\x03\x65nd\"\xd4\x02\n\x04Load\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x1a\n\x12num_waiting_tokens\x18\x03 \x01(\x04\x12\x17\n\x0fnum_free_blocks\x18\x04 \x01(\r\x12!\n\x19prefill_tokens_per_second\x18\x05 \x01(\x01\x12\x14\n\x0cstep_seconds\x18\x06 \x01(\x01\x12 \n\x18step_seconds_per_request\x18\x07 \x01(\x01\x12!\n\x19transfer_bytes_per_second\x18\x08 \x01(\x01\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\x18\n\x10step_age_seconds\x18\n \x01(\x01\x12%\n\x1dspec_decode_acceptance_length\x18( \x01(\x01\x12\x1c\n\x14longest_step_seconds\x18\x0b \x01(\x01*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,26 +33,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1620
-  _globals['_FINISHREASON']._serialized_end=1744
+  _globals['_FINISHREASON']._serialized_start=1989
+  _globals['_FINISHREASON']._serialized_end=2113
   _globals['_SAMPLINGPARAMS']._serialized_start=42
-  _globals['_SAMPLINGPARAMS']._serialized_end=515
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=427
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=475
-  _globals['_GENERATIONREQUEST']._serialized_start=518
-  _globals['_GENERATIONREQUEST']._serialized_end=695
-  _globals['_TICKET']._serialized_start=697
-  _globals['_TICKET']._serialized_end=788
-  _globals['_LOGPROB']._serialized_start=790
-  _globals['_LOGPROB']._serialized_end=848
-  _globals['_TOKENLOGPROBS']._serialized_start=850
-  _globals['_TOKENLOGPROBS']._serialized_end=934
-  _globals['_TOKENS']._serialized_start=936
-  _globals['_TOKENS']._serialized_end=1007
-  _globals['_ERROR']._serialized_start=1009
-  _globals['_ERROR']._serialized_end=1091
-  _globals['_ENDED']._serialized_start=1094
-  _globals['_ENDED']._serialized_end=1275
-  _globals['_LOAD']._serialized_start=1278
-  _globals['_LOAD']._serialized_end=1618
+  _globals['_SAMPLINGPARAMS']._serialized_end=672
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=584
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=632
+  _globals['_TOKENSEQUENCE']._serialized_start=674
+  _globals['_TOKENSEQUENCE']._serialized_end=708
+  _globals['_STRUCTUREDOUTPUTS']._serialized_start=711
+  _globals['_STRUCTUREDOUTPUTS']._serialized_end=859
+  _globals['_CHOICE']._serialized_start=861
+  _globals['_CHOICE']._serialized_end=884
+  _globals['_GENERATIONREQUEST']._serialized_start=887
+  _globals['_GENERATIONREQUEST']._serialized_end=1064
+  _globals['_TICKET']._serialized_start=1066
+  _globals['_TICKET']._serialized_end=1157
+  _globals['_LOGPROB']._serialized_start=1159
+  _globals['_LOGPROB']._serialized_end=1217
+  _globals['_TOKENLOGPROBS']._serialized_start=1219
+  _globals['_TOKENLOGPROBS']._serialized_end=1303
+  _globals['_TOKENS']._serialized_start=1305
+  _globals['_TOKENS']._serialized_end=1376
+  _globals['_ERROR']._serialized_start=1378
+  _globals['_ERROR']._serialized_end=1460
+  _globals['_ENDED']._serialized_start=1463
+  _globals['_ENDED']._serialized_end=1644
+  _globals['_LOAD']._serialized_start=1647
+  _globals['_LOAD']._serialized_end=1987
 # @@protoc_insertion_point(module_scope)

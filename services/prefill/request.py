@@ -103,6 +103,7 @@ class PrefillRequest:
                 self._changed.set()
             case EndedRequest():
                 self._ended = event
+                self._error = self._error or event.error
                 self._changed.set()
                 if self._is_aborted:
                     self._end()

@@ -27,6 +27,7 @@ from services.router.http.app import EdgeConfig, create_app
 from services.router.http.connection import ConnectionLimits
 from services.router.http.keys import KeyRing, plain_keys, read_keys_file
 from services.router.http.limits import Limiter
+from services.router.http.live import LiveView
 from services.router.http.server import HttpOptions, bind, load_tls, start_http
 from services.router.servicer import registration
 
@@ -70,9 +71,10 @@ async def serve(settings: RouterSettings, process: Process) -> None:
         ),
     )
     dispatcher = FleetDispatcher(fleet, defaults.eos_token_ids, registry=registry)
-    app = create_app(
-        edge, tokenizer, defaults, dispatcher, registry=registry, limiter=_open_limiter(settings, keys, process)
-    )
+    live = LiveView(lag)
+    limiter = _open_limiter(settings, keys, process)
+    app = create_app(edge, tokenizer, defaults, dispatcher, registry=registry, limiter=limiter, live=live)
+    process.spawn(live.run(process.stopping), "live view")
 
     process.spawn(fleet.run(), "fleet")
     await server.start()

@@ -11,17 +11,21 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
+import grpc.aio
+
 from relevo.core.errors import RelevoError, Unauthenticated
 from relevo.core.prefix_index import PrefixIndex
-from services.common.grpc import make_channel
+from services.common.errors import relevo_errors
+from services.common.grpc import cancelling, make_channel
 from services.common.security import NO_SECURITY, Security
-from services.pb import kvtransfer_pb2_grpc, worker_pb2
+from services.pb import kvtransfer_pb2, kvtransfer_pb2_grpc, worker_pb2
 from services.router.block_watch import BlockWatch, follow_blocks, is_our_own_cancellation
 
 logger = logging.getLogger(__name__)
 
 SILENCE_SECONDS = 15.0
 BACKOFF_SECONDS = 0.5
+AUDIT_SECONDS = 0.5
 REFUSED_SECONDS = 10.0  # until an agent that does not take our token is asked again
 _PREFIX = "agent "  # its name in the index, which has workers too, under their addresses
 
@@ -34,7 +38,7 @@ class Agents:
         self._security = security
         self._group: asyncio.TaskGroup | None = None
         self._num_workers: dict[str, int] = {}  # by agent: connected ones, attached to it
-        self._following: set[str] = set()
+        self._following: dict[str, grpc.aio.Channel] = {}
 
     def start(self, group: asyncio.TaskGroup) -> None:
         self._group = group
@@ -45,7 +49,7 @@ class Agents:
             return
         self._num_workers[agent_address] = self._num_workers.get(agent_address, 0) + 1
         if agent_address not in self._following:
-            self._following.add(agent_address)
+            self._following[agent_address] = make_channel(agent_address, self._security)
             self._group.create_task(self._follow(agent_address), name=f"blocks of agent {agent_address}")
 
     def detached(self, agent_address: str) -> None:
@@ -55,9 +59,33 @@ class Agents:
             if not self._num_workers[agent_address]:
                 del self._num_workers[agent_address]
 
+    @property
+    def addresses(self) -> Sequence[str]:
+        """Of all that are followed, in order."""
+        return sorted(self._following)
+
+    def num_known_blocks(self, address: str) -> int:
+        return self._index.num_blocks(_PREFIX + address)
+
+    async def audit(self, address: str) -> kvtransfer_pb2.AuditReply | None:
+        """What one of `addresses` says of its slots; None: it does not answer."""
+        channel = self._following.get(address)
+        if channel is None:
+            return None
+        call = kvtransfer_pb2_grpc.KvTransferStub(channel).Audit(kvtransfer_pb2.AuditRequest(), timeout=AUDIT_SECONDS)
+        try:
+            with relevo_errors(address), cancelling(call):
+                return await call
+        except RelevoError:
+            return None
+        except asyncio.CancelledError:
+            if is_our_own_cancellation():
+                raise
+            return None  # its channel was closed
+
     async def _follow(self, address: str) -> None:
         """Until it is lost while no worker is attached to it."""
-        channel = make_channel(address, self._security)
+        channel = self._following[address]
         complaint = ""
         try:
             while True:
@@ -81,7 +109,7 @@ class Agents:
                     return
                 await asyncio.sleep(pause_seconds)
         finally:
-            self._following.discard(address)
+            del self._following[address]
             self._index.forget(_PREFIX + address)
             with suppress(asyncio.CancelledError):
                 await channel.close()

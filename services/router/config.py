@@ -41,12 +41,6 @@ class RouterSettings(FleetSettings, cli_prog_name="relevo-router"):
     silence_seconds: float = Field(
         15.0, ge=1.5, le=3600, description="a worker that says nothing for so long is dead; one that is well says more"
     )
-    stuck_seconds: float = Field(
-        30.0,
-        gt=0,
-        le=86400,
-        description="an engine that is in one step for so long, and for four times as long as in any before, is stuck",
-    )
     api_key: SecretStr | None = Field(
         None, description="key that clients must send, or several: k1,k2; open to everybody if none"
     )

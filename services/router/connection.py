@@ -17,6 +17,7 @@ from relevo.core.worker_load import PromptWork, WorkerLoad
 from services.common.errors import relevo_errors
 from services.common.grpc import make_channel
 from services.common.security import NO_SECURITY, Security
+from services.common.stuck import STUCK_SECONDS, is_stuck
 from services.pb import messages_pb2, worker_pb2, worker_pb2_grpc
 from services.router.agents import AgentBlocks, Agents
 from services.router.block_watch import BlockWatch, follow_blocks, is_our_own_cancellation
@@ -27,8 +28,6 @@ logger = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 5.0  # how long one GetInfo waits for the worker to listen
 SILENCE_SECONDS = 15.0  # a worker says something every second; one that is silent for so long hangs
-STUCK_SECONDS = 30.0  # a step that takes so long, and STUCK_FACTOR times as long as any before, never ends
-STUCK_FACTOR = 4.0
 MIN_BACKOFF_SECONDS = 0.05
 MAX_BACKOFF_SECONDS = 1.0
 REFUSED_SECONDS = 10.0  # until one that does not want us is asked again: it may be started anew, with our token
@@ -278,8 +277,8 @@ class WorkerConnection:
 
         The connection is made anew, to hear when it goes on: until then nothing is placed there.
         """
-        limit_seconds = max(self._stuck_seconds, STUCK_FACTOR * load.longest_step_seconds)
-        was_stuck, self._is_stuck = self._is_stuck, load.step_age_seconds > limit_seconds
+        was_stuck = self._is_stuck
+        self._is_stuck = is_stuck(load.step_age_seconds, load.longest_step_seconds, self._stuck_seconds)
         if self._is_stuck and not was_stuck:
             stream.break_off(Unavailable(f"{self.address} is stuck: in one step for {load.step_age_seconds:.1f} s"))
         elif was_stuck and not self._is_stuck:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from relevo.core.worker_load import PromptWork
 from services.pb import messages_pb2
 from services.router.attempt import Attempt, DirectAttempt, Event, Job
 from services.router.fleet import Fleet
+from services.router.fleet_state import describe_fleet
 from services.router.generation import EndEvent, ServedModel, TokensEvent
 from services.router.inbox import Inbox
 from services.router.planner import Planner
@@ -71,6 +72,12 @@ class FleetDispatcher:
 
     def explain(self, request_id: str) -> Sequence[Mapping[str, Any]]:
         return [record.explain() for record in self._planner.log.find(request_id)]
+
+    def records(self) -> Collection[RouteRecord]:
+        return self._planner.log.records
+
+    async def describe_fleet(self) -> Mapping[str, Any]:
+        return await describe_fleet(self._fleet)
 
 
 class RoutedGeneration:
@@ -250,11 +257,13 @@ class RoutedGeneration:
             if not self._is_migrated:
                 self._note_cached(event.num_cached_tokens)
             self._events.append(event)
+            self.record.note_end(event.finish_reason.value)
             self._finish(None)
             return
         if not self._output:
             self._note_first_token()
         self._output += event.token_ids
+        self.record.note_tokens(len(self._output))
         self._num_cached_tokens = event.num_cached_tokens
         last = self._events[-1] if self._events else None
         if isinstance(last, TokensEvent):  # the reader is behind: several steps become one event
@@ -288,6 +297,7 @@ class RoutedGeneration:
         self._is_over = True
         self._over.set()
         self._failure = failure
+        self.record.note_end(failure.message if failure is not None else "closed")
         if self._timer is not None:
             self._timer.cancel()
         if self._attempt is not None:

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from relevo.core.prefix_index import PrefixIndex
 from services.common.discovery import Discovery
 from services.common.security import NO_SECURITY, Security
+from services.common.stuck import STUCK_SECONDS
 from services.router.agents import Agents
-from services.router.connection import SILENCE_SECONDS, STUCK_SECONDS, Condition, WorkerConnection
+from services.router.connection import SILENCE_SECONDS, Condition, WorkerConnection
 from services.router.generation import ServedModel
 from services.router.request_stream import DECODE, PREFILL, WorkerKind
 

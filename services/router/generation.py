@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from relevo.core.request import FinishReason
 from services.pb import messages_pb2
+from services.router.route_log import RouteRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,12 @@ class Dispatcher(Protocol):
 
     def explain(self, request_id: str) -> Sequence[Mapping[str, Any]]:
         """Generation.explain of the request, or of those named REQUEST_ID-0, -1, …; empty if too long ago, or never."""
+
+    def records(self) -> Collection[RouteRecord]:
+        """The last requests that were placed, the oldest first; some may be on their way."""
+
+    async def describe_fleet(self) -> Mapping[str, Any]:
+        """Workers and agents as they are now, as JSON; see fleet_state.describe_fleet."""
 
     def is_ready(self) -> bool:
         """Whether a request could be served now."""

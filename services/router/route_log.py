@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -48,12 +48,35 @@ class Route:
 
 @dataclass(slots=True, eq=False)
 class RouteRecord:
-    """placed_at: seconds since 1970"""
+    """placed_at: seconds since 1970. started, first_token_at, last_token_at, ended_at: seconds, on time.perf_counter
+
+    outcome: "stop" or "length"; "closed" if its reader wanted no more (a stop string, or the client left); else why it
+    failed. "": it has not ended
+    """
 
     request_id: str
     num_prompt_tokens: int
     placed_at: float = field(default_factory=time.time)
     routes: list[Route] = field(default_factory=list)
+    num_output_tokens: int = 0
+    started: float = field(default_factory=time.perf_counter)
+    first_token_at: float | None = None
+    last_token_at: float = 0.0
+    ended_at: float | None = None
+    outcome: str = ""
+
+    def note_tokens(self, num_output_tokens: int) -> None:
+        """So many are there now."""
+        self.num_output_tokens = num_output_tokens
+        self.last_token_at = now = time.perf_counter()
+        if self.first_token_at is None:
+            self.first_token_at = now
+
+    def note_end(self, outcome: str) -> None:
+        """The first time counts."""
+        if self.ended_at is None:
+            self.ended_at = time.perf_counter()
+            self.outcome = outcome
 
     def explain(self, max_candidates: int | None = None) -> dict[str, Any]:
         """As JSON: every try with its candidates' terms, cheapest first. `omitted`: how many were left out."""
@@ -76,6 +99,11 @@ class RouteLog:
         self._records.move_to_end(record.request_id)
         if len(self._records) > MAX_RECORDS:
             self._records.popitem(last=False)
+
+    @property
+    def records(self) -> Collection[RouteRecord]:
+        """The oldest first."""
+        return self._records.values()
 
     def find(self, request_id: str) -> list[RouteRecord]:
         """That of the request, or those of its choices, which are named after it: ID-0, ID-1, …"""

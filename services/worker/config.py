@@ -14,13 +14,18 @@ from services.common.discovery.settings import FleetSettings
 class WorkerSettings(FleetSettings):
     """Settings of a prefill or decode worker."""
 
-    worker_id: str = Field("", description="stable name, e.g. decode-0; by default the role and the port")
+    worker_id: str = Field(
+        "",
+        description="stable name, e.g. decode-0; by default the role and the port, beyond loopback the host's name too",
+    )
     model: str | None = Field(None, description="Hugging Face id or local folder; by default the demo model")
     discovery: Literal["static", "redis", "dns"] = Field(
         "static", description="how routers find this worker; redis: it signs in at --redis-url; else they are told"
     )
     advertise_address: str = Field(
-        "", description="of --discovery redis: host:port under which routers reach this worker; by default --host"
+        "",
+        description="of --discovery redis: host:port under which routers reach this worker; auto: what this host's name"
+        " stands for, with --port; by default --host",
     )
     served_model_name: str | None = Field(None, description="name under which the model is known; by default --model")
     dtype: Dtype = Field("auto", description="of weights, activations and KV; auto: the checkpoint's")

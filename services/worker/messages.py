@@ -9,10 +9,11 @@ from relevo.core.errors import RelevoError
 from relevo.core.request import FinishReason
 from relevo.core.sampling_params import SamplingParams
 from services.common.errors import error_to_proto
+from services.common.structured_outputs import structured_outputs_from_proto
 from services.pb import messages_pb2 as pb
 
 if TYPE_CHECKING:
-    from relevo.engine.sampler import TokenLogprobs
+    from relevo.engine.logprobs import TokenLogprobs
     from relevo.engine.step_result import EngineLoad, NewTokens
 
 _FINISH_REASONS = {
@@ -44,6 +45,10 @@ def sampling_from_pb(message: pb.SamplingParams, *, max_tokens: int | None = Non
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
         num_speculative_tokens=(message.num_speculative_tokens if message.HasField("num_speculative_tokens") else None),
+        allowed_token_ids=tuple(message.allowed_token_ids) or None,
+        bad_words_token_ids=tuple(tuple(word.token_ids) for word in message.bad_words),
+        logprob_token_ids=tuple(message.logprob_token_ids),
+        structured_outputs=structured_outputs_from_proto(message),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -17,11 +18,12 @@ from relevo.engine.engine_thread import EngineThread
 from services.common.grpc import Registration, make_server
 from services.common.lifecycle import Process
 from services.common.loop_lag import LoopLag
-from services.common.security import read_security
+from services.common.security import is_loopback, read_security
 from services.common.telemetry import make_registry, serve_metrics
 from services.kvtransfer.client import KvAgentClient
 from services.pb import worker_pb2, worker_pb2_grpc
 from services.worker.config import WorkerSettings
+from services.worker.health import tell_health
 from services.worker.metrics import WorkerCollector
 from services.worker.servicer import WorkerServicer
 from services.worker.sign_in import check_sign_in, sign_in
@@ -47,7 +49,7 @@ async def serve_worker(
     check_sign_in(settings)
     # Before minutes of loading: a port that is taken shows at once.
     server = make_server([], settings.host, settings.port, security)
-    worker_id = settings.worker_id or f"{process.role}-{server.port}"
+    worker_id = settings.worker_id or _default_id(process.role, settings.host, server.port)
     engine = await _load_engine(settings)
     info = engine.info
     agent = None
@@ -86,6 +88,7 @@ async def serve_worker(
     server.register(make_registration(worker, agent))
     server.register(identity)
     await server.start()
+    process.spawn(tell_health(server, worker.thread.step_ages, settings.stuck_seconds), "health")
     process.stack.push_async_callback(server.stop, STOP_GRACE_SECONDS)
     process.stack.push_async_callback(worker.drain, settings.drain_seconds)
     process.stack.push_async_callback(server.drain)
@@ -101,6 +104,11 @@ async def serve_worker(
         sign_in(settings, process, worker_info, server.address)
     process.stack.callback(worker.begin_drain)  # before anything that waits: routers place nothing here from then on
     process.ready(address=server.address, id=worker_id)
+
+
+def _default_id(role: str, host: str, port: int) -> str:
+    """Of another worker's on this host differs the port, of a replica's in a container of its own the host's name."""
+    return f"{role}-{port}" if is_loopback(host) else f"{role}-{socket.gethostname()}-{port}"
 
 
 async def _load_engine(settings: WorkerSettings) -> Engine:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import socket
+
 from relevo.core.errors import StartupError
 from services.common.discovery.settings import open_fleet_redis
+from services.common.grpc import format_address
 from services.common.lifecycle import Process
+from services.common.security import is_loopback
 from services.pb import worker_pb2
 from services.worker.config import WorkerSettings
 
 _ROLES = {worker_pb2.ROLE_PREFILL: "prefill", worker_pb2.ROLE_DECODE: "decode"}
 _EVERYWHERE = ("0.0.0.0", "::", "[::]")
+_AUTO = "auto"
 
 
 def check_sign_in(settings: WorkerSettings) -> None:
@@ -18,7 +23,9 @@ def check_sign_in(settings: WorkerSettings) -> None:
         return
     if settings.redis_url is None:
         raise StartupError("--discovery redis needs --redis-url (or RELEVO_REDIS_URL): redis://HOST:PORT/0")
-    if settings.advertise_address:
+    if settings.advertise_address == _AUTO:
+        _own_host()
+    elif settings.advertise_address:
         host, _, port = settings.advertise_address.rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 65536:
             raise StartupError(
@@ -27,7 +34,7 @@ def check_sign_in(settings: WorkerSettings) -> None:
     elif settings.host in _EVERYWHERE:
         raise StartupError(
             f"--advertise-address is missing: with --host {settings.host} nobody knows under which host:port routers"
-            " reach this worker"
+            " reach this worker; 'auto' is what this host's name stands for"
         )
 
 
@@ -41,7 +48,25 @@ def sign_in(settings: WorkerSettings, process: Process, info: worker_pb2.WorkerI
     from services.common.discovery.fleet_redis import Member  # as in open_fleet_redis
     from services.common.discovery.lease import Lease
 
-    member = Member(_ROLES[info.role], settings.advertise_address or address, info.incarnation, info.worker_id)
+    advertised = settings.advertise_address or address
+    if advertised == _AUTO:
+        advertised = format_address(_own_host(), int(address.rpartition(":")[2]))
+    member = Member(_ROLES[info.role], advertised, info.incarnation, info.worker_id)
     lease = Lease(redis, member, settings.discovery_ttl_seconds)
     process.stack.push_async_callback(lease.leave)  # when the lease is renewed no more
     process.spawn(lease.run(), "lease in Redis")
+
+
+def _own_host() -> str:
+    """What this host's name stands for: in a container or a pod, its address on the network. Raises StartupError."""
+    name = socket.gethostname()
+    try:
+        host = str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise StartupError(f"--advertise-address auto: this host's name {name} has no address: {error}") from error
+    if is_loopback(host):
+        raise StartupError(
+            f"--advertise-address auto: this host's name {name} stands for {host}, where nobody else reaches it: give"
+            " host:port"
+        )
+    return host

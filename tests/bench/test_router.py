@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 
-from relevo.bench.router import RouterBenchConfig, bench_router, prompts
+import pytest
+
+from relevo.bench.router import RouterBenchConfig, bench_router
 from relevo.bench.router_command import router_table
+from relevo.bench.router_processes import prompts
 from relevo.model_files import resolve_model
 from relevo.tokenizer import Tokenizer
 
@@ -29,4 +32,6 @@ async def test_it_measures_and_leaves_everything_as_it_was() -> None:
     assert 20 < case.tokens_per_second < 2600, "the workers were told 2,000"
     assert case.cpu_ms_per_1000_tokens > 1
     assert result.rss_mib > 30
-    assert router_table(result).row_count == 8
+    assert result.scaling is not None and sum(result.scaling.shares) == pytest.approx(1.0)
+    assert 0.2 < result.scaling.capacity_ratio < 8
+    assert router_table(result).row_count == 10

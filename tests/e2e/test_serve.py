@@ -327,6 +327,17 @@ def test_bench_serve_measures_the_endpoint(split: Serve, tmp_path: Path) -> None
     assert all(each["tpot_ms_p50"] > 0 and 0 < each["ttft_ms_p50"] <= each["ttft_ms_p99"] for each in figures)
 
 
+def test_chat_command_answers_what_is_piped_in(split: Serve) -> None:
+    command = [sys.executable, "-m", "relevo.cli", "chat", "--url", split.url, "--param", "max_tokens=12"]
+    result = subprocess.run(
+        [*command, "--param", "temperature=0"], input=CHAT[0]["content"], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    options = {"model": MODEL, "messages": CHAT, "max_tokens": 12, "temperature": 0}
+    reply = split.client.chat.completions.create(**options)  # type: ignore[call-overload]
+    assert result.stdout.strip() == reply.choices[0].message.content.strip()
+
+
 def test_aggregated_has_no_prefill_and_answers_the_same(split: Serve, tmp_path: Path) -> None:
     """Its options come from a file."""
     config = tmp_path / "relevo.yaml"

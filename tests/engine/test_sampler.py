@@ -12,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
+from relevo.core.errors import InvalidRequest
 from relevo.core.sampling_params import SamplingParams
-from relevo.engine.sampler import BadLogits, Sampler, SamplingRow
+from relevo.engine.logits_processing import SamplingRow
+from relevo.engine.logits_processing import process as process_rows
+from relevo.engine.sampler import BadLogits, SampledToken, Sampler
 from relevo.kernels import Kernels, load_backend
 from tests.support.statistics import chi_squared_pvalue
 
@@ -34,13 +37,19 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
     return load_backend(request.param, "cpu")
 
 
+def sample(kernels: Kernels, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+    """No row fails."""
+    tokens = Sampler(logits.shape[1], "cpu", kernels).sample(logits, rows)
+    assert all(isinstance(token, SampledToken) for token in tokens), tokens
+    return [token for token in tokens if isinstance(token, SampledToken)]
+
+
 def choose(kernels: Kernels, logits: list[float] | torch.Tensor, row: SamplingRow) -> int:
-    values = torch.as_tensor(logits, dtype=torch.float32).unsqueeze(0)
-    return Sampler(values.shape[1], "cpu", kernels).sample(values, [row])[0].token_id
+    return sample(kernels, torch.as_tensor(logits, dtype=torch.float32).unsqueeze(0), [row])[0].token_id
 
 
 def process(logits: torch.Tensor, row: SamplingRow) -> torch.Tensor:
-    return Sampler(logits.shape[1], "cpu", load_backend("reference", "cpu"))._process(logits, [row])
+    return process_rows(logits, [row])[0]
 
 
 def processed(logits: list[float], row: SamplingRow) -> list[float]:
@@ -100,9 +109,8 @@ def test_rows_beyond_one_part_of_the_draw_get_their_own_token(
 
 def test_seed_and_position_choose_the_token(kernels: Kernels) -> None:
     logits = torch.zeros(200, 1000)
-    sampler = Sampler(1000, "cpu", kernels)
-    by_seed = [token.token_id for token in sampler.sample(logits, [make_row(seed=i) for i in range(200)])]
-    by_position = [token.token_id for token in sampler.sample(logits, [make_row([0] * i) for i in range(1, 201)])]
+    by_seed = [token.token_id for token in sample(kernels, logits, [make_row(seed=i) for i in range(200)])]
+    by_position = [token.token_id for token in sample(kernels, logits, [make_row([0] * i) for i in range(1, 201)])]
     assert len(set(by_seed)) > 150 and len(set(by_position)) > 150
     # Position is that of the new token in the sequence; where the prompt ends makes no difference.
     assert choose(kernels, logits[0], make_row([5, 6], [7, 8], seed=9)) == choose(
@@ -114,21 +122,21 @@ def test_greedy_is_argmax_with_the_lowest_id_of_equals(kernels: Kernels) -> None
     logits = make_logits(8, 1000)
     logits[3] = 0.0
     logits[4, 10] = logits[4, 900] = 99.0
-    tokens = Sampler(1000, "cpu", kernels).sample(logits, [make_row(temperature=0.0)] * 8)
+    tokens = sample(kernels, logits, [make_row(temperature=0.0)] * 8)
     assert [token.token_id for token in tokens] == [row.index(max(row)) for row in logits.tolist()]
     assert tokens[3].token_id == 0 and tokens[4].token_id == 10
 
 
 def test_greedy_batch_draws_nothing(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Sampler, "_draw", None)
-    Sampler(50, "cpu", kernels).sample(make_logits(4, 50), [make_row(temperature=0.0)] * 4)
+    sample(kernels, make_logits(4, 50), [make_row(temperature=0.0)] * 4)
 
 
 @pytest.mark.parametrize("params", [{"temperature": 1e-6}, {"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}])
 def test_what_leaves_one_token_is_greedy(kernels: Kernels, params: dict[str, Any]) -> None:
     logits = make_logits(20, 300)
     rows = [make_row(seed=i, **params) for i in range(20)]
-    tokens = Sampler(300, "cpu", kernels).sample(logits, rows)
+    tokens = sample(kernels, logits, rows)
     assert [token.token_id for token in tokens] == logits.argmax(-1).tolist()
 
 
@@ -183,7 +191,7 @@ def test_logprobs_are_the_models_own(kernels: Kernels) -> None:
     probs = [0.1, 0.4, 0.2, 0.3]
     logits = [math.log(p) + 5.0 for p in probs]
     row = make_row(temperature=0.0, logprobs=2, logit_bias={0: 100.0}, min_tokens=1)
-    token = Sampler(4, "cpu", kernels).sample(torch.tensor([logits]), [row])[0]
+    token = sample(kernels, torch.tensor([logits]), [row])[0]
     assert token.token_id == 0 and token.logprobs is not None
     assert (token.logprobs.chosen.token_id, token.logprobs.chosen.rank) == (0, 4)
     assert token.logprobs.chosen.logprob == pytest.approx(math.log(0.1), abs=1e-6)
@@ -194,7 +202,7 @@ def test_logprobs_are_the_models_own(kernels: Kernels) -> None:
 def test_logprobs_go_to_the_rows_that_want_them_with_equals_sharing_a_rank(kernels: Kernels) -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 2.0]]).repeat(3, 1)
     rows = [make_row(temperature=0.0, logprobs=k) for k in (None, 0, 20)]
-    none, chosen_only, everything = (token.logprobs for token in Sampler(4, "cpu", kernels).sample(logits, rows))
+    none, chosen_only, everything = (token.logprobs for token in sample(kernels, logits, rows))
     assert none is None
     assert chosen_only is not None and everything is not None
     assert chosen_only.top == () and chosen_only.chosen.rank == 1
@@ -204,11 +212,10 @@ def test_logprobs_go_to_the_rows_that_want_them_with_equals_sharing_a_rank(kerne
 def test_tokens_follow_the_distribution(kernels: Kernels) -> None:
     """Chi-squared at 1e-4 over 20 000 draws in mixed batches; seeds are fixed, so it passes always or never."""
     logits = make_logits(1, 10, seed=3, spread=1.0)
-    sampler = Sampler(10, "cpu", kernels)
     counts: dict[float, list[int]] = {1.0: [0] * 10, 0.5: [0] * 10}
     for batch in range(100):
         rows = [make_row([0] * (batch + 1), seed=i, temperature=(1.0, 0.5)[i % 2]) for i in range(400)]
-        for row, token in zip(rows, sampler.sample(logits.expand(400, -1), rows), strict=True):
+        for row, token in zip(rows, sample(kernels, logits.expand(400, -1), rows), strict=True):
             counts[row.sampling.temperature][token.token_id] += 1
     for temperature, observed in counts.items():
         expected = (logits[0].double() / temperature).softmax(-1) * 20_000
@@ -217,19 +224,20 @@ def test_tokens_follow_the_distribution(kernels: Kernels) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_p": 0.5, "top_k": 3}, {"logprobs": 1}])
-def test_bad_logits_are_refused_and_named(kernels: Kernels, value: float, params: dict[str, Any]) -> None:
+def test_bad_logits_end_their_own_row(kernels: Kernels, value: float, params: dict[str, Any]) -> None:
     logits = make_logits(3, 20)
     logits[1, 7] = value
-    with pytest.raises(BadLogits, match=r"\[1\]") as error:
-        Sampler(20, "cpu", kernels).sample(logits, [make_row(**params)] * 3)
-    assert error.value.rows == (1,)
+    first, second, third = Sampler(20, "cpu", kernels).sample(logits, [make_row(**params)] * 3)
+    assert isinstance(second, BadLogits)
+    assert isinstance(first, SampledToken) and isinstance(third, SampledToken)
 
 
 def test_nothing_left_to_choose_is_refused(kernels: Kernels) -> None:
-    with pytest.raises(BadLogits):
-        choose(kernels, [1.0, 2.0, 3.0], make_row(min_tokens=1, stop_token_ids=(0, 1)))
+    row = make_row(min_tokens=1, stop_token_ids=(0, 1))
+    [refusal] = Sampler(3, "cpu", kernels).sample(torch.tensor([[1.0, 2.0, 3.0]]), [row])
+    assert isinstance(refusal, InvalidRequest)
     assert choose(kernels, [-math.inf, -math.inf, -math.inf, 0.0], make_row()) == 3
 
 
 def test_no_rows(kernels: Kernels) -> None:
-    assert Sampler(5, "cpu", kernels).sample(torch.empty(0, 5), []) == []
+    assert sample(kernels, torch.empty(0, 5), []) == []

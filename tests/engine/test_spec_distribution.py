@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from relevo.core.sampling_params import SamplingParams
-from relevo.engine.sampler import Sampler
+from relevo.engine.sampler import SampledToken, Sampler
 from relevo.engine.spec_decode.verification import accept, sampling_rows
 from relevo.kernels import load_backend
 from tests.support.builders import make_request
@@ -53,13 +53,14 @@ def test_output_has_the_targets_distribution(draft_by: str) -> None:
                 guesses = logits.argmax(-1).tolist()
             else:
                 rows = [sampling_rows(r, d, ())[-1] for r, d in zip(pending, drafts, strict=True)]
-                guesses = [token.token_id for token in sampler.sample(logits, rows)]
+                guesses = [t.token_id for t in sampler.sample(logits, rows) if isinstance(t, SampledToken)]
             for each, guess in zip(drafts, guesses, strict=True):
                 each.append(guess)
         rows = [row for r, d in zip(pending, drafts, strict=True) for row in sampling_rows(r, d, ())]
         drawn = sampler.sample(torch.stack([logits_of(list(row.token_ids)) for row in rows]), rows)
         for at, (request, each) in enumerate(zip(pending, drafts, strict=True)):
             taken = accept(each, drawn[at * (K + 1) : (at + 1) * (K + 1)])
+            assert isinstance(taken, list)
             request.token_ids += [token.token_id for token in taken]
             num_drawn += len(taken)
             num_accepted += len(taken) - 1

@@ -11,8 +11,9 @@ from pathlib import Path
 from relevo.core.sampling_params import SamplingParams
 from services.common.discovery import StaticDiscovery
 from services.common.grpc import make_channel
+from services.common.stuck import STUCK_SECONDS
 from services.pb import kvtransfer_pb2, kvtransfer_pb2_grpc
-from services.router.connection import SILENCE_SECONDS, STUCK_SECONDS, WorkerConnection
+from services.router.connection import SILENCE_SECONDS, WorkerConnection
 from services.router.dispatch import FleetDispatcher
 from services.router.fleet import Fleet
 from services.router.request_stream import DECODE, PREFILL, WorkerKind

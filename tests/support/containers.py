@@ -30,6 +30,11 @@ def why_not() -> str | None:
     return None
 
 
+def has_image(image: str) -> bool:
+    """A Docker engine runs here, and has it."""
+    return shutil.which("docker") is not None and _run("image", "inspect", image).returncode == 0
+
+
 class Containers:
     """On a network and with a tmpfs volume of their own, as one user. Names are unique to this object."""
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+from contextlib import nullcontext
+
 import pytest
 
 from relevo.core.errors import StartupError
@@ -37,6 +40,25 @@ def test_enough(values: dict[str, str]) -> None:
 def test_not_enough(values: dict[str, str], reason: str) -> None:
     with pytest.raises(StartupError, match=reason):
         check_sign_in(make_settings(**values))
+
+
+@pytest.mark.parametrize(
+    ("host", "reason"),
+    [("10.0.0.7", ""), ("127.0.1.1", "stands for 127.0.1.1, where nobody else reaches it"), (None, "has no address")],
+)
+def test_auto_is_what_this_hosts_name_stands_for(
+    host: str | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def getaddrinfo(name: str, port: None, type: int) -> list[tuple[object, ...]]:
+        assert name == socket.gethostname()
+        if host is None:
+            raise socket.gaierror(-2, "Name or service not known")
+        return [(socket.AF_INET, type, 6, "", (host, 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    settings = make_settings(discovery="redis", redis_url=URL, host="0.0.0.0", advertise_address="auto")
+    with pytest.raises(StartupError, match=reason) if reason else nullcontext():
+        check_sign_in(settings)
 
 
 def test_settings_do_not_show_the_password() -> None:

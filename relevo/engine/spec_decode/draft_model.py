@@ -12,7 +12,7 @@ from relevo.core.request import Request
 from relevo.core.scheduler import ScheduledRequest
 from relevo.engine.batch import Span, flat_batch
 from relevo.engine.kv_cache import KVCache
-from relevo.engine.sampler import Sampler
+from relevo.engine.sampler import SampledToken, Sampler
 from relevo.engine.spec_decode.verification import sampling_rows
 from relevo.kernels import Kernels
 from relevo.models.attention import AttentionContext
@@ -65,7 +65,7 @@ class DraftModelProposer:
         proposed: list[list[int]] = [[] for _ in entries]
         drafting = self._catch_up(entries, proposed)
         depth = 1
-        while drafting := [at for at in drafting if entries[at].num_draft_slots > depth]:
+        while drafting := [at for at in drafting if entries[at].num_draft_slots > depth == len(proposed[at])]:
             # The newest draft of each is computed, and brings the next.
             spans = [
                 Span(entries[at].request.block_ids, entries[at].request.num_tokens + depth - 1, 1) for at in drafting
@@ -163,7 +163,8 @@ class DraftModelProposer:
             logits = logits[:, : self._vocab_size].contiguous()
         rows = [sampling_rows(entries[at].request, proposed[at], self._eos_token_ids)[-1] for at in drafting]
         for at, token in zip(drafting, self._sampler.sample(logits, rows), strict=True):
-            proposed[at].append(token.token_id)
+            if isinstance(token, SampledToken):
+                proposed[at].append(token.token_id)
 
     def _will_write(self, entry: ScheduledRequest, start: int) -> None:
         """Known tokens from `start` on, and drafts behind them: what those blocks held is gone."""

@@ -116,7 +116,9 @@ class Speculator:
             if not num_drafts:
                 continue
             has_drafts = True
-            num_accepted = len(sampled[entry.request.request_id]) - 1
+            num_accepted = len(sampled.get(entry.request.request_id, ())) - 1
+            if num_accepted < 0:
+                continue  # the request has failed
             drafting = self._drafting_of(entry.request)
             drafting.acceptance.add(num_drafts, num_accepted)
             drafting.num_draft_tokens += num_drafts

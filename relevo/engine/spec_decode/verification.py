@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from relevo.core.errors import RelevoError
 from relevo.core.request import Request
-from relevo.engine.sampler import SampledToken, SamplingRow
+from relevo.engine.logits_processing import SamplingRow
+from relevo.engine.sampler import Sampled, SampledToken
 
 
 def sampling_rows(
@@ -19,24 +21,28 @@ def sampling_rows(
 ) -> list[SamplingRow]:
     """One row behind the last known token, and one behind each draft: those see the drafts before them as text.
 
-    Whatever a row's choice depends on beyond its token_ids (a grammar's state) is to be advanced here, draft by draft.
-    A row behind a draft that the row before can't choose is never looked at, but must leave some token to choose.
+    What a row's choice depends on is a function of its token_ids. A grammar is shared by a request's rows: it follows
+    the drafts, and goes back where they were rejected.
     """
-    rows = [SamplingRow(request.sampling, request.token_ids, request.num_prompt_tokens, eos_token_ids)]
+    sampling, num_prompt_tokens, grammar = request.sampling, request.num_prompt_tokens, request.grammar
+    rows = [SamplingRow(sampling, request.token_ids, num_prompt_tokens, eos_token_ids, grammar)]
     for end in range(1, len(draft_token_ids) + 1):
         token_ids = [*request.token_ids, *draft_token_ids[:end]]
-        rows.append(SamplingRow(request.sampling, token_ids, request.num_prompt_tokens, eos_token_ids))
+        rows.append(SamplingRow(sampling, token_ids, num_prompt_tokens, eos_token_ids, grammar))
     return rows
 
 
-def accept(draft_token_ids: Sequence[int], drawn: Sequence[SampledToken]) -> list[SampledToken]:
+def accept(draft_token_ids: Sequence[int], drawn: Sequence[Sampled]) -> list[SampledToken] | RelevoError:
     """The drafts that equal what was drawn in their place, and the one that was drawn behind them.
 
-    drawn: one more than there are drafts
+    drawn: one more than there are drafts. A row that has failed ends them: an error if it is the first; if it is behind
+    accepted drafts, the next step finds that out again.
     """
-    num_accepted = 0
-    for draft, token in zip(draft_token_ids, drawn, strict=False):
-        if draft != token.token_id:
+    taken: list[SampledToken] = []
+    for at, token in enumerate(drawn):
+        if isinstance(token, RelevoError):
+            return taken or token
+        taken.append(token)
+        if at == len(draft_token_ids) or draft_token_ids[at] != token.token_id:
             break
-        num_accepted += 1
-    return list(drawn[: num_accepted + 1])
+    return taken

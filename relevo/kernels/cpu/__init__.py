@@ -12,12 +12,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from relevo.kernels.cpu import activation, draw, logprobs, norm, rotary, topk
+from relevo.kernels.cpu import activation, draw, logprobs, masks, norm, rotary, topk
 from relevo.kernels.cpu.activation import gated_activation
 from relevo.kernels.cpu.draw import sample
 from relevo.kernels.cpu.jit import announced
 from relevo.kernels.cpu.linear import prepare_linear
 from relevo.kernels.cpu.logprobs import score
+from relevo.kernels.cpu.masks import mask_logits
 from relevo.kernels.cpu.norm import add_rms_norm, rms_norm
 from relevo.kernels.cpu.paged import paged_attention
 from relevo.kernels.cpu.rotary import rotary_store_kv
@@ -31,6 +32,7 @@ __all__ = [
     "add_rms_norm",
     "argmax",
     "gated_activation",
+    "mask_logits",
     "paged_attention",
     "prepare_linear",
     "rms_norm",
@@ -73,7 +75,7 @@ def _compile_all(dtype: torch.dtype) -> None:
     bounds, table = torch.tensor([0, 1], dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
     store_kv(token, token, cache, cache, slot)
     paged_attention(token, cache, cache, AttentionMetadata(table, slot, one, bounds, 1, 1), scale=1.0)
-    for kernel in (norm, rotary, activation, topk, draw, logprobs):
+    for kernel in (norm, rotary, activation, topk, draw, logprobs, masks):
         kernel.compile()
     prepare_linear([cache.view(1, 16)], [None])(cache.view(1, 16))
 

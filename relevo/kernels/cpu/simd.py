@@ -161,6 +161,19 @@ def _any_reached(builder: Any, x: Any, y: Any) -> Any:
     return builder.icmp_unsigned("!=", lanes, ir.IntType(LANES)(0))
 
 
+def _is_within(builder: Any, x: Any, y: Any, z: Any) -> Any:
+    return builder.and_(builder.fcmp_ordered(">=", x, y), builder.fcmp_ordered("<", x, z))
+
+
+def _within(builder: Any, x: Any, y: Any, z: Any) -> Any:
+    return builder.select(_is_within(builder, x, y, z), x, _constant(0.0))
+
+
+def _any_within(builder: Any, x: Any, y: Any, z: Any) -> Any:
+    lanes = builder.bitcast(_is_within(builder, x, y, z), ir.IntType(LANES))
+    return builder.icmp_unsigned("!=", lanes, ir.IntType(LANES)(0))
+
+
 _address, _float, _int = types.int64, types.float32, types.int64
 
 # Vectors: arithmetic.
@@ -185,6 +198,8 @@ where_exceeded = operation(
     vector, lambda b, x, y, z: b.select(b.fcmp_ordered(">", x, y), z, _constant(0.0)), vector, vector, vector
 )
 any_reached = operation(types.boolean, _any_reached, vector, vector)  # x >= y in any lane
+within = operation(vector, _within, vector, vector, vector)  # x where y <= x < z, else 0
+any_within = operation(types.boolean, _any_within, vector, vector, vector)
 largest_lane = operation(_float, _largest_lane, vector)
 
 add_pairs = operation(vector, _add_pairs, vector, vector)

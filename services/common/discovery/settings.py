@@ -8,6 +8,7 @@ from pydantic import Field, SecretStr
 
 from relevo.core.errors import StartupError
 from services.common.security import PeerSettings
+from services.common.stuck import STUCK_SECONDS
 
 if TYPE_CHECKING:
     from services.common.discovery.fleet_redis import FleetRedis
@@ -29,6 +30,13 @@ class FleetSettings(PeerSettings):
         gt=0.1,
         le=3600,
         description="of --discovery redis: for how long a worker is found that says nothing more",
+    )
+    stuck_seconds: float = Field(
+        STUCK_SECONDS,
+        gt=0,
+        le=86400,
+        description="an engine that is in one step for so long, and for four times as long as in any before, is stuck:"
+        " routers pass such a worker over, and its gRPC health says NOT_SERVING",
     )
 
 

@@ -42,11 +42,13 @@ class Answer:
     choice: Choice
     texts: list[str] = field(default_factory=list)
     logprobs: list[messages_pb2.TokenLogprobs] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
 
     def add(self, delta: Delta) -> None:
         self.texts.append(delta.text)
         self.logprobs.extend(delta.logprobs)
+        self.token_ids.extend(delta.token_ids)
         self.finish_reason = delta.finish_reason
 
     @property

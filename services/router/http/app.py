@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from typing_extensions import TypedDict
 
 from relevo.core.errors import NotFound, RelevoError, Unavailable
+from relevo.grammar.compiler import GrammarCompiler
 from relevo.model_files import GenerationDefaults
 from relevo.tokenizer import Tokenizer
 from services.common.telemetry import render_metrics
@@ -28,9 +29,12 @@ from services.router.http.errors import ErrorReply, JsonResponse, handle_http_ex
 from services.router.http.exchange import Exchange, ExchangeLayer, handle_bug
 from services.router.http.hot_routes import HotRoutes
 from services.router.http.limits import Limiter
+from services.router.http.live import LiveView
+from services.router.http.live_routes import live_routes, ui_routes
 from services.router.http.metrics import EdgeMetrics
 from services.router.http.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from services.router.http.serving import EdgeConfig, Serving, check_prompt, run_long
+from services.router.http.structure import MAX_PENDING_GRAMMARS, StructureChecker
 
 __all__ = ["EdgeConfig", "create_app"]
 
@@ -70,15 +74,22 @@ def create_app(
     *,
     registry: CollectorRegistry | None = None,
     limiter: Limiter | None = None,
+    live: LiveView | None = None,
 ) -> ASGIApp:
     """The ASGI app.
 
     registry: what /metrics shows; the app adds its own to it
     limiter: counts what API keys with limits do; None: in this process
+    live: what /debug/fleet shows; without somebody who runs it there is no history and no stream
     """
     metrics = EdgeMetrics(CollectorRegistry() if registry is None else registry)
     admission = Admission(dispatcher, config.admission, metrics.registry)
-    serving = Serving(config, tokenizer, defaults, dispatcher, admission, metrics)
+    grammars = GrammarCompiler(lambda: tokenizer, defaults.eos_token_ids, max_pending=MAX_PENDING_GRAMMARS)
+    if tokenizer is not None:
+        grammars.prepare()
+    serving = Serving(config, tokenizer, defaults, dispatcher, admission, metrics, StructureChecker(grammars))
+    live = live or LiveView()
+    live.attach(serving)
     api = FastAPI(
         title="Relevo",
         description="An OpenAI-compatible API. Parameters that are not listed are refused by name.",
@@ -94,6 +105,8 @@ def create_app(
     api.include_router(openai)
     api.include_router(_text_routes(serving))
     api.include_router(_operator_routes(serving))
+    api.include_router(live_routes(live))
+    api.include_router(ui_routes())
     app: ASGIApp = ExchangeLayer(
         HotRoutes(api, openai, config.max_body_bytes),
         config.keys,

@@ -30,15 +30,19 @@ class ChatChoice(TypedDict):
     message: ReplyMessage
     logprobs: ChatLogprobs | None
     finish_reason: str | None
+    token_ids: NotRequired[list[int]]
 
 
 class ChatReply(TypedDict):
+    """prompt_token_ids, and the choices' token_ids: with return_token_ids"""
+
     id: str
     object: Literal["chat.completion"]
     created: int
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: NotRequired[list[int]]
 
 
 class MessageDelta(TypedDict):
@@ -51,10 +55,14 @@ class ChatChunkChoice(TypedDict):
     delta: MessageDelta
     logprobs: ChatLogprobs | None
     finish_reason: str | None
+    token_ids: NotRequired[list[int]]
 
 
 class ChatChunk(TypedDict):
-    """usage: null until the last event, and only there if stream_options.include_usage asks for it"""
+    """usage: null until the last event, and only there if stream_options.include_usage asks for it
+
+    prompt_token_ids: in the first event, with return_token_ids
+    """
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -62,6 +70,7 @@ class ChatChunk(TypedDict):
     model: str
     choices: list[ChatChunkChoice]
     usage: NotRequired[Usage | None]
+    prompt_token_ids: NotRequired[list[int]]
 
 
 async def create_chat_completion(serving: Serving, exchange: Exchange, body: ChatRequest) -> GenerationResponse:
@@ -70,10 +79,13 @@ async def create_chat_completion(serving: Serving, exchange: Exchange, body: Cha
     max_tokens = body.max_tokens if newer is None else newer
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sampling = make_sampling(body, serving.defaults, max_tokens=max_tokens, logprobs=logprobs)
+    await serving.structure.check(sampling.structured_outputs, body)
     text = render_chat(serving, body.messages, body.add_generation_prompt, body.chat_template_kwargs)
     prompt = await run_long(
         len(text),
-        lambda: Prompt(serving.encode_prompt(text, "messages", add_special_tokens=body.add_special_tokens)),
+        lambda: Prompt(
+            serving.encode_prompt(text, "messages", add_special_tokens=body.add_special_tokens, sampling=sampling)
+        ),
     )
     limit = TokenLimit(
         max_tokens,
@@ -81,7 +93,7 @@ async def create_chat_completion(serving: Serving, exchange: Exchange, body: Cha
         prompt_param="messages",
         max_tokens_param="max_tokens" if newer is None else "max_completion_tokens",
     )
-    payloads = ChatPayloads(serving, head, body)
+    payloads = ChatPayloads(serving, head, body, prompt)
     return serving.generate(exchange, head.id, [prompt], body, sampling, limit, payloads)
 
 
@@ -116,35 +128,37 @@ _RESERVED_KWARGS = frozenset(
 
 
 class ChatPayloads:
-    def __init__(self, serving: Serving, head: AnswerHead, body: ChatRequest) -> None:
+    def __init__(self, serving: Serving, head: AnswerHead, body: ChatRequest, prompt: Prompt) -> None:
         self._head = head
-        self._names = TokenNames(serving.tokenizer)
+        self._prompt = prompt
+        self._names = TokenNames(serving.tokenizer, as_ids=body.return_tokens_as_token_ids)
+        self._with_token_ids = body.return_token_ids
         self._with_logprobs = body.logprobs
         self._include_usage = body.include_usage
         self._begun: set[int] = set()  # choices whose role was told
 
     def chunks(self, choice: Choice, delta: Delta) -> list[Mapping[str, Any]]:
         deltas: list[MessageDelta] = []
+        is_first = not self._begun
         if choice.index not in self._begun:
             self._begun.add(choice.index)
             deltas.append({"role": "assistant", "content": ""})
         logprobs = chat_logprobs(self._names, delta.logprobs) if self._with_logprobs and delta.logprobs else None
-        if delta.text or logprobs is not None or delta.finish_reason is not None:
-            deltas.append({"content": delta.text} if delta.text or logprobs is not None else {})
-        last = len(deltas) - 1
-        return [
-            self._chunk(
-                [
-                    {
-                        "index": choice.index,
-                        "delta": message,
-                        "logprobs": logprobs if position == last else None,
-                        "finish_reason": delta.finish_reason if position == last else None,
-                    }
-                ],
-            )
-            for position, message in enumerate(deltas)
+        shows_tokens = logprobs is not None or bool(self._with_token_ids and delta.token_ids)
+        if delta.text or shows_tokens or delta.finish_reason is not None:
+            deltas.append({"content": delta.text} if delta.text or shows_tokens else {})
+        chunks = [
+            self._chunk([{"index": choice.index, "delta": message, "logprobs": None, "finish_reason": None}])
+            for message in deltas
         ]
+        if chunks:
+            last = chunks[-1]["choices"][0]
+            last["logprobs"], last["finish_reason"] = logprobs, delta.finish_reason
+            if self._with_token_ids:
+                last["token_ids"] = list(delta.token_ids)
+        if chunks and is_first and self._with_token_ids:
+            chunks[0]["prompt_token_ids"] = self._prompt.token_ids
+        return list[Mapping[str, Any]](chunks)
 
     def usage_chunk(self, usage: Usage) -> Mapping[str, Any]:
         return self._chunk([]) | {"usage": usage}
@@ -158,15 +172,20 @@ class ChatPayloads:
             "choices": [self._choice(answer) for answer in answers],
             "usage": usage,
         }
+        if self._with_token_ids:
+            reply["prompt_token_ids"] = self._prompt.token_ids
         return reply
 
     def _choice(self, answer: Answer) -> ChatChoice:
-        return {
+        shown: ChatChoice = {
             "index": answer.choice.index,
             "message": {"role": "assistant", "content": answer.text, "refusal": None},
             "logprobs": chat_logprobs(self._names, answer.logprobs) if self._with_logprobs else None,
             "finish_reason": answer.finish_reason,
         }
+        if self._with_token_ids:
+            shown["token_ids"] = answer.token_ids
+        return shown
 
     def _chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
         chunk: ChatChunk = {

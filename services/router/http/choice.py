@@ -19,20 +19,25 @@ class Delta:
 
     text: may be empty while characters or stop strings are incomplete
     logprobs: empty, or one a token
-    num_tokens: 0 in a delta that only ends the choice
+    token_ids: none in a delta that only ends the choice
     finish_reason: "stop" or "length" in the last delta, which every choice that does not fail has
     """
 
     text: str
     logprobs: Sequence[messages_pb2.TokenLogprobs]
-    num_tokens: int
+    token_ids: Sequence[int] = ()
     finish_reason: str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
 
 
 class Choice:
     """Pulls its generation event by event, and closes it at a stop string.
 
-    stop_token_ids: EOS (unless it is ignored) and the request's; the one that ends the answer is not in the text
+    stop_token_ids: EOS (unless it is ignored) and the request's; the one that ends the answer is not in the text,
+        unless include_stop says so
     """
 
     def __init__(
@@ -42,6 +47,8 @@ class Choice:
         generation: Generation,
         detokenizer: Detokenizer,
         stop_token_ids: frozenset[int],
+        *,
+        include_stop: bool = False,
     ) -> None:
         self.index = index
         self.prompt_index = prompt_index
@@ -49,7 +56,7 @@ class Choice:
         self.num_cached_tokens: int | None = None  # unknown yet
         self._generation = generation
         self._detokenizer = detokenizer
-        self._stop_token_ids = stop_token_ids
+        self._hidden_token_ids = frozenset() if include_stop else stop_token_ids  # as the last one
 
     async def next(self) -> Delta:
         """Not to be called after the delta with a finish_reason. Raises what the generation raises."""
@@ -72,14 +79,14 @@ class Choice:
             self.num_cached_tokens = event.num_cached_tokens
         token_ids = event.token_ids
         num_before = self.num_tokens
-        ends = bool(token_ids) and token_ids[-1] in self._stop_token_ids
+        ends = bool(token_ids) and token_ids[-1] in self._hidden_token_ids
         text = self._detokenizer.push(token_ids[:-1] if ends else token_ids)
         if not self._detokenizer.stopped:
             self.num_tokens += len(token_ids)
-            return Delta(text, event.logprobs, len(token_ids))
+            return Delta(text, event.logprobs, token_ids)
         self.num_tokens = self._detokenizer.num_tokens_used
         num_used = self.num_tokens - num_before
-        return Delta(text, event.logprobs[:num_used], num_used, FinishReason.STOP.value)
+        return Delta(text, event.logprobs[:num_used], token_ids[:num_used], FinishReason.STOP.value)
 
     def _end(self, event: EndEvent) -> Delta:
         if event.finish_reason is FinishReason.CANCELLED:
@@ -87,4 +94,4 @@ class Choice:
         self.num_cached_tokens = event.num_cached_tokens
         text = self._detokenizer.finish()
         reason = FinishReason.STOP if self._detokenizer.stopped else event.finish_reason
-        return Delta(text, (), 0, reason.value)
+        return Delta(text, (), finish_reason=reason.value)

@@ -8,7 +8,8 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from services.pb import messages_pb2
+from relevo.core.sampling_params import SamplingParams
+from relevo.prompts import truncate_prompt
 from services.router.http.answer import Answer, AnswerHead, Usage
 from services.router.http.choice import Choice, Delta
 from services.router.http.exchange import Exchange
@@ -23,10 +24,14 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
 class CompletionChoice(TypedDict):
+    """token_ids, prompt_token_ids: with return_token_ids; the prompt's once for each choice of a stream"""
+
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: str | None
+    token_ids: NotRequired[list[int]]
+    prompt_token_ids: NotRequired[list[int]]
 
 
 class CompletionReply(TypedDict):
@@ -44,19 +49,26 @@ async def create_completion(serving: Serving, exchange: Exchange, body: Completi
     head = AnswerHead(f"cmpl-{secrets.token_hex(16)}", serving.model_name(body.model))
     default = serving.defaults.max_tokens or DEFAULT_MAX_TOKENS
     sampling = make_sampling(body, serving.defaults, max_tokens=body.max_tokens, logprobs=body.logprobs)
+    await serving.structure.check(sampling.structured_outputs, body)
     serving.check_num_choices(len(body.prompt), body.n)
     prompts = await run_long(
-        sum(map(len, body.prompt)), lambda: [_read_prompt(serving, given, body) for given in body.prompt]
+        sum(map(len, body.prompt)), lambda: [_read_prompt(serving, given, body, sampling) for given in body.prompt]
     )
-    payloads = CompletionPayloads(serving, head, body, [prompt.text for prompt in prompts])
+    payloads = CompletionPayloads(serving, head, body, prompts)
     limit = TokenLimit(body.max_tokens, default, prompt_param="prompt")
     return serving.generate(exchange, head.id, prompts, body, sampling, limit, payloads)
 
 
-def _read_prompt(serving: Serving, given: GivenPrompt, body: CompletionRequest) -> Prompt:
+def _read_prompt(serving: Serving, given: GivenPrompt, body: CompletionRequest, sampling: SamplingParams) -> Prompt:
     if isinstance(given, str):
-        token_ids = serving.encode_prompt(given, "prompt", add_special_tokens=body.add_special_tokens)
-        return Prompt(token_ids, given)
+        token_ids = serving.encode_prompt(
+            given, "prompt", add_special_tokens=body.add_special_tokens, sampling=sampling
+        )
+        if body.truncate_prompt_tokens is None or not body.echo:
+            return Prompt(token_ids, given)
+        given = token_ids
+    else:
+        given = truncate_prompt(given, sampling, serving.model().max_model_len, None)
     if not body.echo:
         return Prompt(given)
     if serving.tokenizer is None:
@@ -65,24 +77,26 @@ def _read_prompt(serving: Serving, given: GivenPrompt, body: CompletionRequest) 
 
 
 class CompletionPayloads:
-    """echoes: the text that each prompt's choices begin with, if echo is set"""
-
-    def __init__(self, serving: Serving, head: AnswerHead, body: CompletionRequest, echoes: Sequence[str]) -> None:
+    def __init__(self, serving: Serving, head: AnswerHead, body: CompletionRequest, prompts: Sequence[Prompt]) -> None:
         self._head = head
-        self._names = TokenNames(serving.tokenizer)
+        self._names = TokenNames(serving.tokenizer, as_ids=body.return_tokens_as_token_ids)
+        self._prompts = prompts
+        self._with_token_ids = body.return_token_ids
         self._skip_special_tokens = body.skip_special_tokens
         self._with_logprobs = body.logprobs is not None
         self._include_usage = body.include_usage
-        self._echoes = echoes if body.echo else [""] * len(echoes)
+        # The text that each prompt's choices begin with.
+        self._echoes = [prompt.text if body.echo else "" for prompt in prompts]
         self._offsets: dict[int, TextOffsets] = {}  # by choice; of those that have begun
 
     def chunks(self, choice: Choice, delta: Delta) -> list[Mapping[str, Any]]:
         text = delta.text
         if choice.index not in self._offsets:
             text = self._echoes[choice.prompt_index] + text
-        if not text and not (self._with_logprobs and delta.logprobs) and delta.finish_reason is None:
+        shows_tokens = self._with_token_ids or (self._with_logprobs and delta.logprobs)
+        if not text and not (shows_tokens and delta.token_ids) and delta.finish_reason is None:
             return []
-        reply = self._reply([self._choice(choice, text, delta.logprobs, delta.finish_reason)])
+        reply = self._reply([self._choice(choice, text, delta)])
         if self._include_usage:
             reply["usage"] = None
         return [reply]
@@ -92,12 +106,7 @@ class CompletionPayloads:
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> Mapping[str, Any]:
         choices = [
-            self._choice(
-                answer.choice,
-                self._echoes[answer.choice.prompt_index] + answer.text,
-                answer.logprobs,
-                answer.finish_reason,
-            )
+            self._choice(answer.choice, self._echoes[answer.choice.prompt_index] + answer.text, answer)
             for answer in answers
         ]
         return self._reply(choices) | {"usage": usage}
@@ -112,19 +121,19 @@ class CompletionPayloads:
             "choices": choices,
         }
 
-    def _choice(
-        self,
-        choice: Choice,
-        text: str,
-        entries: Sequence[messages_pb2.TokenLogprobs],
-        finish_reason: str | None,
-    ) -> CompletionChoice:
+    def _choice(self, choice: Choice, text: str, part: Delta | Answer) -> CompletionChoice:
         offsets = self._offsets.get(choice.index)
+        is_first = offsets is None
         if offsets is None:
             offsets = self._offsets[choice.index] = TextOffsets(self._names, self._skip_special_tokens)
-        return {
+        shown: CompletionChoice = {
             "index": choice.index,
             "text": text,
-            "logprobs": completion_logprobs(self._names, offsets, entries) if self._with_logprobs else None,
-            "finish_reason": finish_reason,
+            "logprobs": completion_logprobs(self._names, offsets, part.logprobs) if self._with_logprobs else None,
+            "finish_reason": part.finish_reason,
         }
+        if self._with_token_ids:
+            shown["token_ids"] = list(part.token_ids)
+            if is_first:
+                shown["prompt_token_ids"] = self._prompts[choice.prompt_index].token_ids
+        return shown

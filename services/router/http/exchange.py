@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 CLIENT_LEFT = 499
 MAX_REQUEST_ID_CHARS = 128
 MAX_TIMEOUT_MS = 2**31 - 1
-OPEN_PATHS = frozenset({"/health"})
+OPEN_PATHS = frozenset({"/health", "/ui"})  # the page itself has no data: it asks for the key, and comes with it
+_OPEN_FOLDER = "/ui/"
 
 _SCOPE_KEY = "relevo.exchange"
 
@@ -115,7 +116,7 @@ class ExchangeLayer:
 
         permit: Permit | None = None
         try:
-            if self._keys is not None and scope["path"] not in OPEN_PATHS:
+            if self._keys is not None and not _is_open(scope["path"]):
                 permit = await self._let_in(self._keys, exchange, scope)
             exchange.timeout_ms = _timeout_ms(scope)
             exchange.explains = _header(scope, b"x-relevo-explain") == b"1"
@@ -152,6 +153,10 @@ class ExchangeLayer:
         if client.is_limited and scope["method"] == "POST":  # looking costs nothing
             return await self._limiter.acquire(client)
         return None
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(_OPEN_FOLDER)
 
 
 def _log(exchange: Exchange, endpoint: str) -> None:

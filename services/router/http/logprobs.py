@@ -17,8 +17,8 @@ class CompletionLogprobs(TypedDict):
     """/v1/completions: parallel lists. text_offset: characters of the text before the token."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -41,15 +41,18 @@ class ChatLogprobs(TypedDict):
 
 
 class TokenNames:
-    """How tokens are shown. Without a tokenizer: their ids in decimal."""
+    """How tokens are shown. Without a tokenizer: their ids in decimal. as_ids: "token_id:7", unmistakably."""
 
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, *, as_ids: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._as_ids = as_ids
 
     def is_special(self, token_id: int) -> bool:
         return self._tokenizer is not None and self._tokenizer.is_special(token_id)
 
     def text(self, token_id: int) -> str:
+        if self._as_ids:
+            return f"token_id:{token_id}"
         return str(token_id) if self._tokenizer is None else self._tokenizer.token_text(token_id)
 
     def bytes(self, token_id: int) -> bytes:
@@ -76,7 +79,7 @@ def completion_logprobs(
     names: TokenNames, offsets: TextOffsets, entries: Sequence[messages_pb2.TokenLogprobs]
 ) -> CompletionLogprobs:
     """top_logprobs has the chosen token always, so it may hold one more than was asked for."""
-    top_logprobs = []
+    top_logprobs: list[dict[str, float] | None] = []
     for entry in entries:
         top: dict[str, float] = {}
         for one in (*entry.top, entry.chosen):

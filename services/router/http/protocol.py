@@ -13,15 +13,18 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 from relevo.core.errors import InvalidRequest
-from relevo.core.sampling_params import MAX_LOGPROBS
+from relevo.core.sampling_params import MAX_LOGPROB_TOKEN_IDS, MAX_LOGPROBS
 from services.router.http.errors import UnknownParameter, UnsupportedParameter
 from services.router.http.messages import Messages
+from services.router.http.structure import ResponseFormat, StructuredOutputsBody
 from services.router.http.unsupported import ANY, CHAT, COMPLETION, Harmless
 
 MAX_N = 128
 MAX_STOP_STRINGS = 64
 MAX_SPECULATIVE_TOKENS = 2**32 - 1
 MAX_PRIORITY = 2**31 - 1
+MAX_ALLOWED_IDS = 65_536
+MAX_BAD_WORDS = 256
 MAX_LISTED_IDS = 1024  # in logit_bias and stop_token_ids: gRPC messages stay under 1 MiB
 
 Prompt = str | list[int]
@@ -122,6 +125,29 @@ class SamplingBody(RequestBody):
         description="Most drafts a step; 0 = none. Changes speed, never the answer.",
     )
     skip_special_tokens: bool = Field(True, description="Leave special tokens out of the text.")
+    include_stop_str_in_output: bool = Field(False, description="The text ends with what ended it.")
+    allowed_token_ids: list[int] | None = Field(
+        None, min_length=1, max_length=MAX_ALLOWED_IDS, description="No other tokens are chosen."
+    )
+    bad_words: list[str] = Field(
+        [], max_length=MAX_BAD_WORDS, description="Not in the output, with or without a space before them."
+    )
+    logprob_token_ids: list[int] = Field(
+        [],
+        max_length=MAX_LOGPROB_TOKEN_IDS,
+        description=f"With logprobs: these tokens', not the likeliest ones'; at most {MAX_LOGPROB_TOKEN_IDS}.",
+    )
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, description="Only so many of the prompt's last tokens; -1 = as many as fit beside max_tokens."
+    )
+    return_token_ids: bool = Field(False, description="prompt_token_ids and token_ids in the answer.")
+    return_tokens_as_token_ids: bool = Field(False, description='Tokens in logprobs are written "token_id:7".')
+    response_format: ResponseFormat | None = Field(
+        None, description="What the answer is: `text`, `json_object`, or `json_schema`, which it then always fits."
+    )
+    structured_outputs: StructuredOutputsBody | None = Field(
+        None, description="What the answer fits: one of `json`, `json_object`, `regex`, `choice`, `grammar`."
+    )
     n: int = Field(1, ge=1, le=MAX_N, description="Choices for each prompt.")
     stream: bool = False
     stream_options: StreamOptions | None = None

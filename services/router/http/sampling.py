@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import TypeVar
@@ -10,10 +11,12 @@ from typing import TypeVar
 from relevo.core.errors import InvalidRequest
 from relevo.core.sampling_params import MAX_SEED, SamplingParams
 from relevo.model_files import GenerationDefaults
+from services.common.structured_outputs import structured_outputs_to_proto
 from services.pb import messages_pb2
 from services.router.generation import ServedModel
 from services.router.http.errors import ContextLengthExceeded
 from services.router.http.protocol import SamplingBody
+from services.router.http.structure import wanted_structure
 
 _Number = TypeVar("_Number", int, float)
 
@@ -75,12 +78,24 @@ def make_sampling(
         ignore_eos=body.ignore_eos,
         skip_special_tokens=body.skip_special_tokens,
         num_speculative_tokens=body.num_speculative_tokens,
+        include_stop_str_in_output=body.include_stop_str_in_output,
+        allowed_token_ids=None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
+        bad_words=tuple(body.bad_words),
+        logprob_token_ids=tuple(body.logprob_token_ids),
+        truncate_prompt_tokens=body.truncate_prompt_tokens,
+        structured_outputs=wanted_structure(body),
     )
 
 
 def check_token_ids(sampling: SamplingParams, model: ServedModel) -> None:
-    """Raises InvalidRequest if logit_bias or stop_token_ids name a token that the model has not."""
-    for param, token_ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+    """Raises InvalidRequest if a parameter names a token that the model has not."""
+    named: dict[str, Iterable[int]] = {
+        "logit_bias": sampling.logit_bias,
+        "stop_token_ids": sampling.stop_token_ids,
+        "allowed_token_ids": sampling.allowed_token_ids or (),
+        "logprob_token_ids": sampling.logprob_token_ids,
+    }
+    for param, token_ids in named.items():
         for token_id in token_ids:
             if token_id >= model.vocab_size:
                 raise InvalidRequest(
@@ -122,6 +137,10 @@ def sampling_to_proto(
         stop_token_ids=sampling.stop_token_ids,
         ignore_eos=sampling.ignore_eos,
         num_speculative_tokens=sampling.num_speculative_tokens,
+        allowed_token_ids=sampling.allowed_token_ids or (),
+        bad_words=[messages_pb2.TokenSequence(token_ids=word) for word in sampling.bad_words_token_ids],
+        logprob_token_ids=sampling.logprob_token_ids,
+        structured_outputs=structured_outputs_to_proto(sampling.structured_outputs),
     )
 
 

@@ -11,6 +11,7 @@ from relevo.core.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from relevo.core.sampling_params import SamplingParams
 from relevo.detokenizer import Detokenizer
 from relevo.model_files import GenerationDefaults
+from relevo.prompts import resolve_bad_words, truncate_prompt
 from relevo.tokenizer import Tokenizer
 from services.pb import messages_pb2
 from services.router.admission import Admission, AdmissionLimits
@@ -25,6 +26,7 @@ from services.router.http.metrics import EdgeMetrics
 from services.router.http.protocol import SamplingBody
 from services.router.http.sampling import TokenLimit, check_token_ids, choice_seed, draw_seed, sampling_to_proto
 from services.router.http.stream import EventWriter, GenerationResponse, WholeWriter
+from services.router.http.structure import StructureChecker
 
 _LONG_TEXT_CHARS = 16_384  # takes some 5 ms to tokenize: from here on the event loop does not wait for it
 
@@ -68,6 +70,7 @@ class Serving:
     dispatcher: Dispatcher
     admission: Admission
     metrics: EdgeMetrics
+    structure: StructureChecker
     answer_ids: AnswerIds = field(default_factory=AnswerIds)
 
     def model_name(self, asked: str | None) -> str:
@@ -91,11 +94,19 @@ class Serving:
             raise InvalidRequest("this model has no tokenizer: send token ids to /v1/completions", param)
         return self.tokenizer
 
-    def encode_prompt(self, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids. Raises ContextLengthExceeded for texts far beyond the context, without tokenizing all of them."""
+    def encode_prompt(
+        self, text: str, param: str, *, add_special_tokens: bool, sampling: SamplingParams | None = None
+    ) -> list[int]:
+        """Token ids, truncated as `sampling` says.
+
+        Raises ContextLengthExceeded for texts far beyond the context, without tokenizing all of them.
+        """
         tokenizer = self.require_tokenizer(param)
         max_model_len = self.model().max_model_len
         max_chars = max_model_len * _FAR_CHARS_PER_TOKEN
+        if sampling is not None and sampling.truncate_prompt_tokens is not None:
+            token_ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            return truncate_prompt(token_ids, sampling, max_model_len, tokenizer if add_special_tokens else None)
         if len(text) > max_chars:
             num_tokens = len(tokenizer.encode(text[:max_chars], add_special_tokens=add_special_tokens))
             if num_tokens > 2 * max_model_len:  # the cut may cost some tokens, but not half of them
@@ -143,6 +154,7 @@ class Serving:
     ) -> list[Choice]:
         model = self.model()
         check_token_ids(sampling, model)
+        sampling = resolve_bad_words(sampling, self.tokenizer)
         timeout_ms = exchange.remaining_ms()
         if timeout_ms < 0:
             raise DeadlineExceeded("the time was over before the request was read")
@@ -173,10 +185,12 @@ class Serving:
                     self.tokenizer,
                     prompts[prompt_index].token_ids,
                     stop=sampling.stop,
+                    include_stop=sampling.include_stop_str_in_output,
                     skip_special_tokens=sampling.skip_special_tokens,
                     min_tokens=sampling.min_tokens,
                 ),
                 stop_token_ids,
+                include_stop=sampling.include_stop_str_in_output,
             )
             for index, (prompt_index, request) in enumerate(planned)
         ]

@@ -19,24 +19,15 @@ _BOTH: Mapping[str, Harmless] = {
     "prediction": (),
     "prompt_cache_key": ANY,  # a hint for OpenAI's routing; blocks are named by their content here
     "prompt_cache_retention": ("in_memory",),
-    "response_format": ({"type": "text"},),
     "safety_identifier": ANY,  # as `user`
     "service_tier": ("auto", "default"),
     "store": (False,),
     # vLLM's
-    "allowed_token_ids": (),
-    "bad_words": ([],),
-    "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
     "logits_processors": ([],),
-    "logprob_token_ids": ([],),
     "prompt_logprobs": (),
     "request_id": (),  # the header x-request-id
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
-    "structured_outputs": (),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
 

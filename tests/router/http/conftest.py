@@ -21,6 +21,7 @@ from services.router.http.app import EdgeConfig, create_app
 from services.router.http.connection import watch_connections
 from services.router.http.keys import KeyRing, plain_keys
 from services.router.http.limits import Limiter
+from services.router.http.live import LiveView
 from services.router.http.server import HttpOptions, make_server
 from tests.router.http.fakes import FakeDispatcher
 
@@ -83,6 +84,7 @@ def make_served(
     cors_origins: tuple[str, ...] = (),
     admission: AdmissionLimits = NO_QUEUE,
     limiter: Limiter | None = None,
+    live: LiveView | None = None,
 ) -> Served:
     """api_key: plain ones, or keys."""
     dispatcher = FakeDispatcher()
@@ -96,7 +98,7 @@ def make_served(
         admission=admission,
         max_body_bytes=MAX_BODY_BYTES,
     )
-    app = create_app(config, tokenizer, defaults, dispatcher, registry=registry, limiter=limiter)
+    app = create_app(config, tokenizer, defaults, dispatcher, registry=registry, limiter=limiter, live=live)
     return Served(app, dispatcher, registry)
 
 

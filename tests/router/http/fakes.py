@@ -11,6 +11,7 @@ from typing import Any
 from relevo.core.request import FinishReason
 from services.pb import messages_pb2
 from services.router.generation import EndEvent, ServedModel, TokensEvent
+from services.router.route_log import RouteRecord
 
 MODEL = ServedModel(max_model_len=256, vocab_size=4096, block_size=16)
 
@@ -75,6 +76,7 @@ class FakeDispatcher:
         self.ready = True
         self.reason = ""
         self.trouble = ""
+        self.route_records: list[RouteRecord] = []
         self.generations: list[FakeGeneration] = []
         self.generation_class = FakeGeneration
 
@@ -89,6 +91,12 @@ class FakeDispatcher:
     def explain(self, request_id: str) -> list[dict[str, Any]]:
         names = [generation.request.request_id for generation in self.generations]
         return [{"request_id": name} for name in names if name.startswith(f"{request_id}-")]
+
+    def records(self) -> list[RouteRecord]:
+        return self.route_records
+
+    async def describe_fleet(self) -> dict[str, Any]:
+        return {"workers": [], "agents": []}
 
     def is_ready(self) -> bool:
         return self.ready

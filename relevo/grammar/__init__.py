@@ -1,0 +1,1 @@
+"""Output that fits a grammar: from a request's description to masks of tokens, by llguidance. Imports no torch."""
