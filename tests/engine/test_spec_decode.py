@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 
 from relevo.core.errors import StartupError
 from relevo.core.sampling_params import SamplingParams
+from relevo.core.structured_outputs import StructuredOutputs
+from relevo.demo import target_path
 from relevo.engine.config import EngineConfig
 from relevo.engine.engine import Engine
 from relevo.engine.step_result import NewTokens
@@ -199,3 +202,19 @@ def test_ended_requests_leave_nothing_behind(path: str) -> None:
 def test_unknown_proposers_are_refused(value: str) -> None:
     with pytest.raises(StartupError, match="speculative must be"):
         EngineConfig(speculative=value)
+
+
+def test_output_that_fits_a_grammar_is_the_same() -> None:
+    """The demo pair: drafts that the grammar forbids are rejected, and the grammar goes back to where they began."""
+    properties = {"a": {"type": "integer"}, "b": {"enum": ["x", "yz"]}}
+    schema = json.dumps({"type": "object", "properties": properties, "required": ["a", "b"]})
+    structure = StructuredOutputs(json=schema, disable_any_whitespace=True)
+    asks = [
+        ([0, *range(300, 312)], SamplingParams(max_tokens=30, temperature=1.0, seed=seed, structured_outputs=structure))
+        for seed in range(3)
+    ]
+    answers = []
+    for speculative in (None, "draft:demo", "suffix"):
+        engine = make_engine(str(target_path()), speculative, kv_cache_memory=32 << 20)
+        answers.append([answer.token_ids for answer in generate(engine, asks)])
+    assert answers[0] == answers[1] == answers[2]
