@@ -35,7 +35,9 @@ COPY --from=lists /lists/constraints.txt /lists/slim.txt /lists/
 # The image's pip installs into an environment that has none. PIP_CONSTRAINT takes the place of one in the base's pip.conf.
 RUN python -m venv --without-pip /opt/relevo \
  && PIP_CONSTRAINT=/lists/constraints.txt pip --no-cache-dir --python /opt/relevo/bin/python install -r /lists/slim.txt \
- && find /opt/relevo -type d -name tests -prune -exec rm -r {} +
+ && find /opt/relevo -type d -name tests -prune -exec rm -r {} + \
+ && find /opt/relevo -path '*/transformers/models/*.pyc' -delete
+# (That was 58 MB of compiled code of all models' modules, of which a worker imports one or two.)
 
 
 FROM slim-packages AS slim

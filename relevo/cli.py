@@ -22,13 +22,14 @@ from relevo.engine_options import EngineOptions, decode_flags, parse_size_option
 from relevo.kv import app as kv_app
 from relevo.model_files import resolve_model
 from relevo.stack import Stack, StackConfig
-from relevo.terminal.commands import chat
+from relevo.terminal.commands import chat, top
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.add_typer(bench_app, name="bench")
 app.add_typer(kv_app, name="kv")
 app.add_typer(chaos_app, name="chaos")
 app.command()(chat)
+app.command()(top)
 
 
 def main() -> None:

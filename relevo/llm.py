@@ -5,15 +5,16 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from relevo.core.errors import InvalidRequest
 from relevo.core.request import FinishReason, Request
-from relevo.core.sampling_params import MAX_SEED, SamplingParams
+from relevo.core.sampling_params import MAX_SEED, SamplingParams, choice_seed, mean_logprob
 from relevo.detokenizer import Detokenizer
+from relevo.engine.beams import Beam
 from relevo.engine.config import EngineConfig
 from relevo.engine.engine import Engine
 from relevo.engine.logprobs import TokenLogprobs
@@ -28,7 +29,12 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One prompt's answer. text is cut before a stop string; token_ids hold every token that it took."""
+    """One prompt's answer. text is cut before a stop string; token_ids hold every token that it took.
+
+    prompt_logprobs: of every token of the prompt but the first, if asked for
+    alternatives: the other answers to the prompt, if n asks for more; with best_of and beams the best is this one
+    score: of a beam, as transformers' sequences_scores
+    """
 
     prompt_token_ids: list[int]
     token_ids: list[int]
@@ -36,6 +42,9 @@ class Completion:
     finish_reason: FinishReason
     logprobs: list[TokenLogprobs]
     num_cached_tokens: int
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    alternatives: tuple[Completion, ...] = ()
+    score: float | None = None
 
 
 class LLM:
@@ -58,7 +67,9 @@ class LLM:
         *,
         progress: bool = True,
     ) -> list[Completion]:
-        """One completion a prompt, in order. A prompt is text or token ids. Without `sampling`: the model's defaults.
+        """One completion a prompt, in order; the others that n asks for are its alternatives.
+
+        A prompt is text or token ids. Without `sampling`: the model's defaults.
 
         Raises InvalidRequest for a prompt or parameter that can't be served; then there are no answers.
         """
@@ -68,9 +79,9 @@ class LLM:
         params = [sampling] * len(listed) if isinstance(sampling, SamplingParams) else list(sampling)
         if len(params) != len(listed):
             raise InvalidRequest(f"{len(listed)} prompts, but {len(params)} sampling parameters", "sampling")
-        answers = [self._answer(self._encode(prompt, each), each) for prompt, each in zip(listed, params, strict=True)]
-        self._run(answers, progress=progress)
-        return [answer.completion() for answer in answers]
+        choices = [self._choices(self._encode(prompt, each), each) for prompt, each in zip(listed, params, strict=True)]
+        self._run([answer for of_prompt in choices for answer in of_prompt], progress=progress)
+        return [_best(of_prompt, each) for of_prompt, each in zip(choices, params, strict=True)]
 
     def chat(
         self,
@@ -96,11 +107,24 @@ class LLM:
             raise InvalidRequest("this model has no tokenizer: give token ids", "prompt")
         return truncate_prompt(self.tokenizer.encode(prompt), sampling, max_model_len, self.tokenizer)
 
-    def _answer(self, token_ids: list[int], sampling: SamplingParams) -> _Answer:
-        if sampling.seed is None:
-            sampling = replace(sampling, seed=secrets.randbelow(MAX_SEED + 1))
+    def _choices(self, token_ids: list[int], sampling: SamplingParams) -> list[_Answer]:
+        """The requests that a prompt takes: one a choice, but one for all beams."""
+        seed = secrets.randbelow(MAX_SEED + 1) if sampling.seed is None else sampling.seed
         sampling = resolve_bad_words(sampling, self.tokenizer)
-        detokenizer = Detokenizer(
+        if sampling.num_choices > sampling.n and not sampling.use_beam_search and sampling.logprobs is None:
+            sampling = replace(sampling, logprobs=0)  # by which the best are found
+        answers = []
+        for nth in range(1 if sampling.use_beam_search else sampling.num_choices):
+            own = replace(sampling, seed=choice_seed(seed, nth))
+            if nth > 0:
+                own = replace(own, prompt_logprobs=None)  # they are the first one's, and take computing all of it
+            self._num_requests += 1
+            request = self._engine.make_request(f"llm-{self._num_requests}", token_ids, own)
+            answers.append(_Answer(request, self._detokenizer(token_ids, own)))
+        return answers
+
+    def _detokenizer(self, token_ids: list[int], sampling: SamplingParams) -> Callable[[], Detokenizer]:
+        return lambda: Detokenizer(
             self.tokenizer,
             token_ids,
             stop=sampling.stop,
@@ -108,9 +132,6 @@ class LLM:
             skip_special_tokens=sampling.skip_special_tokens,
             min_tokens=sampling.min_tokens,
         )
-        self._num_requests += 1
-        request = self._engine.make_request(f"llm-{self._num_requests}", token_ids, sampling)
-        return _Answer(request, detokenizer)
 
     def _run(self, answers: Sequence[_Answer], *, progress: bool) -> None:
         open_answers = {answer.request.request_id: answer for answer in answers}
@@ -125,10 +146,15 @@ class LLM:
                 self._engine.abort(request_id)
 
     def _take(self, result: StepResult, open_answers: dict[str, _Answer], advance: Callable[[], None]) -> None:
+        for scored in result.prompt_logprobs:
+            if scored.request_id in open_answers:
+                open_answers[scored.request_id].prompt_logprobs += scored.logprobs
         for tokens in result.tokens:
             answer = open_answers.get(tokens.request_id)
             if answer is not None and answer.push(tokens.token_ids, tokens.logprobs):
                 self._engine.abort(tokens.request_id)
+        for beams in result.beams:
+            open_answers[beams.request.request_id].beams = beams.beams
         for ended in result.ended:
             answer = open_answers.pop(ended.request_id, None)
             if answer is not None and ended.error is not None:
@@ -143,9 +169,12 @@ class LLM:
 class _Answer:
     """One request under way."""
 
-    def __init__(self, request: Request, detokenizer: Detokenizer) -> None:
+    def __init__(self, request: Request, make_detokenizer: Callable[[], Detokenizer]) -> None:
         self.request = request
-        self._detokenizer = detokenizer
+        self.beams: list[Beam] = []
+        self._make_detokenizer = make_detokenizer
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        self._detokenizer = make_detokenizer()
         self._text: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
@@ -169,6 +198,20 @@ class _Answer:
             self._text.append(self._detokenizer.finish())
         self._end = finish_reason, num_cached_tokens
 
+    def completions(self) -> list[Completion]:
+        """One; of a beam search one a beam, the best first."""
+        if not self.beams:
+            return [self.completion()]
+        completions = []
+        for beam in self.beams:
+            answer = _Answer(self.request, self._make_detokenizer)
+            answer.prompt_logprobs = self.prompt_logprobs
+            answer.push(beam.token_ids, beam.logprobs)
+            assert self._end is not None
+            answer.end(beam.finish_reason, self._end[1])
+            completions.append(replace(answer.completion(), score=beam.score))
+        return completions
+
     def completion(self) -> Completion:
         assert self._end is not None, "has not ended"
         return Completion(
@@ -178,7 +221,20 @@ class _Answer:
             finish_reason=self._end[0],
             logprobs=self._logprobs,
             num_cached_tokens=self._end[1],
+            prompt_logprobs=self.prompt_logprobs,
         )
+
+
+def _best(answers: Sequence[_Answer], sampling: SamplingParams) -> Completion:
+    """A prompt's answers as one, the first of them or, of more than n, the best."""
+    completions = [completion for answer in answers for completion in answer.completions()]
+    if len(completions) > sampling.n:
+        completions.sort(key=lambda one: -mean_logprob([entry.chosen.logprob for entry in one.logprobs]))
+        if sampling.logprobs is None:
+            completions = [replace(one, logprobs=[]) for one in completions]
+    first, *others = completions[: sampling.n]
+    prompt_logprobs = answers[0].prompt_logprobs
+    return replace(first, prompt_logprobs=prompt_logprobs, alternatives=tuple(others))
 
 
 def default_sampling(defaults: GenerationDefaults) -> SamplingParams:

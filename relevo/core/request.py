@@ -52,6 +52,8 @@ class Request:
     block_ids: list[int] = field(default_factory=list)
     num_named_blocks: int = 0  # leading blocks that the pool knows by name
     num_preemptions: int = 0
+    is_parked: bool = False  # its next token is chosen together with others': nothing to compute before
+    num_prompt_logprobs: int = 0  # rows of the prompt whose logits were looked at, each for the token that follows it
     _block_hashes: list[BlockHash] = field(default_factory=list)
 
     @property
@@ -84,6 +86,23 @@ class Request:
             if self.end_reason(token_id, self.num_output_tokens + len(taken)) is not None:
                 break
         return taken
+
+    @property
+    def num_missing_prompt_logprobs(self) -> int:
+        """Rows of the prompt that must be computed here, for their logits: none of them may come from a cache."""
+        if self.sampling.prompt_logprobs is None:
+            return 0
+        return self.num_prompt_tokens - 1 - self.num_prompt_logprobs
+
+    def copy_tokens(self, other: Request, token_id: int) -> None:
+        """Become what the other one is, with a token more; blocks are the scheduler's to give."""
+        self.token_ids = [*other.token_ids, token_id]
+        self._block_hashes = list(other._block_hashes)
+
+    @property
+    def known_block_hashes(self) -> Sequence[BlockHash]:
+        """What block_hashes() was asked for so far."""
+        return self._block_hashes
 
     def block_hashes(self, num_tokens: int) -> list[BlockHash]:
         """Names of the full blocks in token_ids[:num_tokens]; computed once, as tokens come."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 
+from relevo.core.beam_search import EarlyStopping
 from relevo.core.errors import InvalidRequest
 from relevo.core.structured_outputs import StructuredOutputs
 
 MAX_LOGPROBS = 20
 MAX_LOGPROB_TOKEN_IDS = 128
 MAX_SEED = 2**63 - 1
+MAX_CHOICES = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +34,10 @@ class SamplingParams:
         are what the engine looks at
     logprob_token_ids: with logprobs, these tokens' instead of the likeliest ones'
     prompt_logprobs: of the prompt's tokens, as logprobs; None for none
+    n: answers for a prompt; the engine makes one, whoever asks it makes several of it
+    best_of: so many are made, and the n likeliest kept; None = n
+    use_beam_search: the n best of `best_of` hypotheses, as transformers' num_beams, length_penalty and early_stopping;
+        temperature, top_p, top_k, min_p and seed mean nothing then
     truncate_prompt_tokens: keep so many of the prompt's last tokens; -1 = as many as the model takes beside max_tokens
 
     Raises InvalidRequest naming the parameter, its value and what is allowed.
@@ -60,6 +67,11 @@ class SamplingParams:
     logprob_token_ids: tuple[int, ...] = ()
     prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
+    n: int = 1
+    best_of: int | None = None
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
+    early_stopping: EarlyStopping = False
     structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
@@ -91,7 +103,30 @@ class SamplingParams:
             )
         if any(not isinstance(stop, str) or stop == "" for stop in self.stop):
             raise InvalidRequest("stop must hold non-empty strings", "stop")
+        self._check_answers()
         self._check_choice()
+
+    @property
+    def num_choices(self) -> int:
+        """How many answers are made, to keep n of them."""
+        return self.n if self.best_of is None else self.best_of
+
+    @property
+    def num_beams(self) -> int:
+        """0 = no beam search."""
+        return self.num_choices if self.use_beam_search else 0
+
+    def _check_answers(self) -> None:
+        _check_int("n", self.n, 1, MAX_CHOICES)
+        if self.best_of is not None:
+            _check_int("best_of", self.best_of, self.n, MAX_CHOICES)
+        _check_float("length_penalty", self.length_penalty, -10.0, 10.0)
+        if self.use_beam_search and self.structured_outputs is not None:
+            raise InvalidRequest("use_beam_search does not go with structured_outputs", "use_beam_search")
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise InvalidRequest(
+                f'early_stopping must be true, false or "never", not {self.early_stopping!r}', "early_stopping"
+            )
 
     def _check_choice(self) -> None:
         if self.allowed_token_ids is not None:
@@ -125,6 +160,18 @@ class SamplingParams:
     @property
     def needs_penalties(self) -> bool:
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
+
+
+def choice_seed(seed: int, index: int) -> int:
+    """Of the index-th choice for one prompt. Choice 0 takes the seed itself: asking for more changes no answer."""
+    if index == 0:
+        return seed
+    return int.from_bytes(sha256(f"{seed}:{index}".encode()).digest()[:8], "little") & MAX_SEED
+
+
+def mean_logprob(logprobs: Sequence[float]) -> float:
+    """By which best_of finds the best of some answers, as OpenAI does."""
+    return sum(logprobs) / len(logprobs) if logprobs else -math.inf
 
 
 def _check_int(name: str, value: object, low: int, high: int | None) -> None:

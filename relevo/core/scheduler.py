@@ -23,6 +23,7 @@ class SchedulerConfig:
         int  # computed in one step; at least max_num_seqs, so that every running request gets its token
     )
     block_size: int
+    max_prompt_logprobs: int = 1024  # rows of prompts whose logits are wanted, in one step: a matrix in memory
     output_allowance_tokens: int = 64  # reserved beyond the prompt when a request awaits its KV from elsewhere
 
     def __post_init__(self) -> None:
@@ -95,6 +96,7 @@ class Scheduler:
         self.held: dict[str, Request] = {}
         self._pinned: list[int] = []  # block ids; one that was pinned twice is in it twice
         self._requests: dict[str, Request] = {}
+        self._num_prompt_logprobs_left = 0  # of this step
 
     def add(self, request: Request) -> None:
         """Queue a request. It must fit the pool alone: prompt and output need at most pool.num_blocks blocks."""
@@ -148,11 +150,12 @@ class Scheduler:
         self._forget(request)
         return request
 
-    def fail(self, request_id: str) -> Request:
+    def fail(self, request_id: str) -> Request | None:
         """End a running request that can't go on. Held blocks stay until release(): somebody may be copying them."""
-        request = self._requests[request_id]
-        request.finish_reason = FinishReason.CANCELLED
-        self._end(request)
+        request = self._requests.get(request_id)
+        if request is not None:
+            request.finish_reason = FinishReason.CANCELLED
+            self._end(request)
         return request
 
     def release(self, request_id: str) -> None:
@@ -174,12 +177,31 @@ class Scheduler:
             self._pinned.remove(block_id)
             self.pool.free([block_id])
 
+    @property
+    def has_place(self) -> bool:
+        return len(self.running) + len(self.waiting_for_kv) < self.config.max_num_seqs
+
+    def place(self, request: Request) -> None:
+        """Where a request belongs that was running or waiting and was given blocks, or has lost them."""
+        if request.block_ids and request.status is RequestStatus.WAITING:
+            self.waiting.remove(request)
+            self.running.append(request)
+            request.status = RequestStatus.RUNNING
+        elif not request.block_ids and request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+            self.waiting.appendleft(request)
+            request.num_preemptions += 1
+            request.status = RequestStatus.WAITING
+
     def schedule(self, num_drafts: Mapping[str, int] | None = None) -> SchedulerOutput:
         """num_drafts: how many drafts, at most, are wanted of which requests: those get slots where there is room."""
         output = SchedulerOutput()
+        self._num_prompt_logprobs_left = self.config.max_prompt_logprobs
         budget = self._schedule_running(output, self.config.max_num_batched_tokens, num_drafts or {})
         if not output.preempted:
             self._schedule_waiting(output, budget)
+        while not output.scheduled and self._preempt_parked(output):
+            self._schedule_waiting(output, self.config.max_num_batched_tokens)
         return output
 
     def update(self, output: SchedulerOutput, sampled: Mapping[str, Sequence[int]]) -> list[Request]:
@@ -232,13 +254,13 @@ class Scheduler:
         for request in sorted(self.running, key=lambda r: r.num_uncomputed_tokens > 1):
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted for one before it
-            num_tokens = min(request.num_uncomputed_tokens, budget)
+            num_tokens = self._num_to_schedule(request, budget)
             if num_tokens == 0:
-                break
+                continue
             if self._grow(request, request.num_computed_tokens + num_tokens, output):
                 wanted = num_drafts.get(request.request_id, 0) if num_tokens == request.num_uncomputed_tokens else 0
                 num_slots = self._draft_slots(request, min(wanted, spare, budget - num_tokens)) if wanted else 0
-                output.scheduled.append(ScheduledRequest(request, num_tokens, num_draft_slots=num_slots))
+                self._take(request, num_tokens, output, num_slots)
                 budget -= num_tokens + num_slots
                 spare -= num_slots
         return budget
@@ -258,14 +280,28 @@ class Scheduler:
             request.block_ids += fresh
         return min(wanted, len(request.block_ids) * self.config.block_size - request.num_tokens)
 
+    def _num_to_schedule(self, request: Request, budget: int) -> int:
+        num_tokens = min(request.num_uncomputed_tokens, budget)
+        if request.num_missing_prompt_logprobs:
+            num_tokens = min(num_tokens, self._num_prompt_logprobs_left)
+        return num_tokens
+
+    def _take(self, request: Request, num_tokens: int, output: SchedulerOutput, num_draft_slots: int = 0) -> None:
+        if request.num_missing_prompt_logprobs:
+            self._num_prompt_logprobs_left -= num_tokens
+        output.scheduled.append(ScheduledRequest(request, num_tokens, num_draft_slots=num_draft_slots))
+
     def _schedule_waiting(self, output: SchedulerOutput, budget: int) -> None:
-        while self.waiting and len(self.running) + len(self.waiting_for_kv) < self.config.max_num_seqs:
-            request = self.waiting[0]
-            if budget == 0 and not request.await_kv:
+        for request in list(self.waiting):
+            if not self.has_place:
+                break
+            if request.is_parked or self._is_being_computed(request):
+                continue
+            if self._num_to_schedule(request, budget) == 0 and not request.await_kv:
                 break
             if not self._admit(request):
                 break
-            self.waiting.popleft()
+            self.waiting.remove(request)
             if request.num_preemptions == 0:
                 output.admitted.append(request)
             if request.await_kv:
@@ -275,20 +311,18 @@ class Scheduler:
                 continue
             request.status = RequestStatus.RUNNING
             self.running.append(request)
-            num_tokens = min(request.num_uncomputed_tokens, budget)
-            output.scheduled.append(ScheduledRequest(request, num_tokens))
+            num_tokens = self._num_to_schedule(request, budget)
+            self._take(request, num_tokens, output)
             budget -= num_tokens
 
     def _admit(self, request: Request) -> bool:
         """Blocks for all known tokens (awaiting KV: and some output), cached ones shared; False if too few are free."""
         block_size = self.config.block_size
         if request.await_kv:
-            cacheable = request.num_tokens
             num_tokens = request.num_tokens + min(request.max_tokens, self.config.output_allowance_tokens)
         else:
-            cacheable = request.num_tokens - 1  # one row must be computed
             num_tokens = request.num_tokens
-        cached = self.pool.find_prefix(request.block_hashes(cacheable))
+        cached = self.pool.find_prefix(request.block_hashes(self._num_cacheable(request)))
         num_new = self._num_blocks(num_tokens) - len(cached)
         if num_new + self.pool.num_free_among(cached) > self.pool.num_free_blocks:
             return False
@@ -301,6 +335,27 @@ class Scheduler:
         if request.num_preemptions == 0:
             request.num_cached_tokens = request.num_computed_tokens
         return True
+
+    def _num_cacheable(self, request: Request) -> int:
+        """How many of its tokens may come from the cache."""
+        if request.num_missing_prompt_logprobs:
+            return request.num_prompt_logprobs
+        return request.num_tokens if request.await_kv else request.num_tokens - 1  # one row must be computed
+
+    def _is_being_computed(self, request: Request) -> bool:
+        """Whether another request, by its steps or by who fills its blocks, will soon have all that could be shared.
+
+        Then it waits for them, which takes no longer than computing the same at its side, and holds no block meanwhile:
+        so n choices for a prompt hold its full blocks once. Requests with but a beginning in common wait for nobody.
+        """
+        names = request.block_hashes(self._num_cacheable(request))
+        if not names or self.pool.find(names[-1]) is not None:
+            return False
+        at = len(names) - 1
+        return any(
+            other.num_named_blocks <= at < len(other.known_block_hashes) and other.known_block_hashes[at] == names[at]
+            for other in (*self.running, *self.waiting_for_kv.values())
+        )
 
     def _grow(self, request: Request, num_tokens: int, output: SchedulerOutput) -> bool:
         """Blocks for num_tokens, preempting the youngest if need be; False if the request itself had to go."""
@@ -323,6 +378,17 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
         self._back_to_waiting(request)
+
+    def _preempt_parked(self, output: SchedulerOutput) -> bool:
+        """Where nothing can be computed, for the parked hold what the others of their group wait for: one gives way."""
+        if all(request.is_parked for request in self.waiting):
+            return False
+        victim = next((request for request in reversed(self.running) if request.is_parked), None)
+        if victim is None:
+            return False
+        self._preempt(victim)
+        output.preempted.append(victim)
+        return True
 
     def _back_to_waiting(self, request: Request) -> None:
         self._free_blocks(request)

@@ -19,13 +19,24 @@ from relevo.core.request import FinishReason, Request
 from relevo.core.sampling_params import SamplingParams
 from relevo.core.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
 from relevo.core.step_times import StepTimes
+from relevo.engine.beams import BeamCandidates, BeamGroups, EndedBeams
 from relevo.engine.config import EngineConfig, EngineInfo
 from relevo.engine.kv_cache import KVCache
-from relevo.engine.model_runner import ModelRunner
+from relevo.engine.model_runner import ModelRunner, RunResult
+from relevo.engine.prompt_logprobs import max_rows
 from relevo.engine.sampler import SampledToken, Sampler
 from relevo.engine.spec_decode.make import load_draft_model, make_speculator
 from relevo.engine.spec_decode.speculator import Speculator
-from relevo.engine.step_result import Computed, EndedRequest, EngineLoad, NewTokens, Reserved, StepResult
+from relevo.engine.step_result import (
+    Chunk,
+    Computed,
+    EndedRequest,
+    EngineLoad,
+    NewTokens,
+    PromptLogprobs,
+    Reserved,
+    StepResult,
+)
 from relevo.engine.threads import set_num_threads
 from relevo.engine.turns import Turns
 from relevo.grammar.compiler import GrammarCompiler
@@ -81,7 +92,12 @@ class Engine:
         )
         self.kv_cache = KVCache(layout, num_blocks, device)
         self.scheduler = Scheduler(
-            SchedulerConfig(config.max_num_seqs, config.max_num_batched_tokens, config.block_size),
+            SchedulerConfig(
+                config.max_num_seqs,
+                config.max_num_batched_tokens,
+                config.block_size,
+                max_prompt_logprobs=max_rows(model.vocab_size),
+            ),
             BlockPool(num_blocks),
         )
         sampler = Sampler(model.vocab_size, device, kernels)
@@ -94,6 +110,8 @@ class Engine:
             self._grammars.prepare()
         self._compiling: dict[str, Request] = {}  # submitted, and not with the scheduler yet
         self._cancelled: list[EndedRequest] = []
+        self._beams = BeamGroups(self.scheduler)
+        self.num_copied_blocks = 0  # for beams that part
         self._prefill_tokens_per_second = 0.0
         self._step_times = StepTimes()
         # To be exchanged only between requests.
@@ -162,8 +180,10 @@ class Engine:
     def submit(self, request: Request) -> None:
         if request.grammar is not None:
             self._compiling[request.request_id] = request
-        else:
-            self.scheduler.add(request)
+            return
+        self.scheduler.add(request)
+        if request.sampling.use_beam_search:
+            self._beams.add(request)
 
     def resume(self, request_id: str, num_computed_tokens: int, token_ids: list[int]) -> None:
         """See Scheduler.resume. A first token sampled elsewhere never ends a request: whoever sampled it would have."""
@@ -171,9 +191,11 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """End a request and free its blocks; the next step tells, if it had not ended before."""
-        request = self._compiling.pop(request_id, None) or self.scheduler.abort(request_id)
+        request = (
+            self._compiling.pop(request_id, None) or self._beams.drop(request_id) or self.scheduler.abort(request_id)
+        )
         if request is not None:
-            self._cancelled.append(self._ended(request, FinishReason.CANCELLED))
+            self._end(request, None)
 
     def release(self, request_id: str) -> None:
         self.scheduler.release(request_id)
@@ -198,22 +220,26 @@ class Engine:
     def step(self) -> StepResult:
         self._take_compiled()
         speculator = self.speculator
+        began_at = time.monotonic()
         output = self.scheduler.schedule(speculator.plan(self.scheduler.running) if speculator else None)
         started = time.perf_counter()
         sampled: dict[str, list[SampledToken]] = {}
         failed: dict[str, RelevoError] = {}
+        run = RunResult({}, {}, {})
+        proposed = started
         if output.scheduled:
             with self._turns:
                 if speculator:
                     output = speculator.propose(output)
                 proposed = time.perf_counter()
-                for name, result in self.runner.run(output.scheduled).items():
-                    if isinstance(result, RelevoError):
-                        failed[name] = result
-                    else:
-                        sampled[name] = result
-            if speculator:
-                speculator.learn(output.scheduled, sampled, time.perf_counter() - proposed)
+                run = self.runner.run(output.scheduled)
+        for name, result in run.sampled.items():
+            if isinstance(result, RelevoError):
+                failed[name] = result
+            else:
+                sampled[name] = result
+        if speculator and output.scheduled:
+            speculator.learn(output.scheduled, sampled, time.perf_counter() - proposed)
         token_ids = {
             entry.request.request_id: entry.request.until_end([token.token_id for token in tokens])
             for entry in output.scheduled
@@ -221,10 +247,30 @@ class Engine:
         }
         # Waiting for a turn counts: so long does a step take here.
         self._measure(output, sum(map(len, token_ids.values())), time.perf_counter() - started)
+        chunks = chunks_of(output)
         ended = self.scheduler.update(output, token_ids)
         for name, error in failed.items():
-            self._cancelled.append(self._ended(self.scheduler.fail(name), FinishReason.CANCELLED, error))
-        return self._result(output, token_ids, sampled, ended)
+            request = self._beams.drop(name) or self.scheduler.fail(name)
+            if request is not None:  # else another hypothesis of the same search has failed before
+                self._end(request, error)
+        beams = self._advance_beams(run.candidates)
+        return self._result(output, run, token_ids, sampled, ended, beams, chunks, began_at)
+
+    def _advance_beams(self, candidates: dict[str, BeamCandidates]) -> list[EndedBeams]:
+        if not candidates:
+            return []
+        self._beams.take({name: its for name, its in candidates.items() if self._beams.has(name)})
+        copies, ended, failed = self._beams.advance()
+        for source, target in copies:
+            self.kv_cache.storage[target].copy_(self.kv_cache.storage[source])
+        self.num_copied_blocks += len(copies)
+        for request, error in failed:
+            self._end(request, error)
+        return ended
+
+    def _end(self, request: Request, error: RelevoError | None) -> None:
+        """Of what ends otherwise than by its tokens; the next result tells."""
+        self._cancelled.append(self._ended(request, FinishReason.CANCELLED, error))
 
     def _take_compiled(self) -> None:
         """Give requests whose grammars are there to the scheduler; those whose grammars are wrong end."""
@@ -258,9 +304,13 @@ class Engine:
     def _result(
         self,
         output: SchedulerOutput,
+        run: RunResult,
         token_ids: dict[str, list[int]],
         sampled: dict[str, list[SampledToken]],
         ended: list[Request],
+        beams: list[EndedBeams],
+        chunks: list[Chunk],
+        began_at: float,
     ) -> StepResult:
         stored, removed = self.scheduler.pool.drain_events()
         cancelled, self._cancelled = self._cancelled, []
@@ -276,12 +326,15 @@ class Engine:
                 for entry in output.scheduled
                 if entry.request.hold_blocks
             ],
+            prompt_logprobs=[PromptLogprobs(name, logprobs) for name, logprobs in run.prompt_logprobs.items()],
             tokens=[
                 NewTokens(name, ids, [token.logprobs for token in sampled[name][: len(ids)] if token.logprobs])
                 for name, ids in token_ids.items()
             ],
+            beams=beams,
             # A grammar that has failed has left nothing but the end of text.
             ended=cancelled
+            + [self._ended(b.request, b.beams[0].finish_reason) for b in beams]
             + [
                 self._ended(r, r.finish_reason, r.grammar.error if r.grammar else None)
                 for r in ended
@@ -290,6 +343,9 @@ class Engine:
             stored=stored,
             removed=removed,
             num_scheduled_tokens=output.num_scheduled_tokens,
+            chunks=chunks,
+            began_at=began_at,
+            ended_at=time.monotonic(),
         )
 
     def _ended(self, request: Request, reason: FinishReason, error: RelevoError | None = None) -> EndedRequest:
@@ -321,9 +377,19 @@ class Engine:
         while self.has_unfinished_requests:
             self.step()
         self.scheduler = Scheduler(self.scheduler.config, BlockPool(self.info.num_blocks))
+        self._beams = BeamGroups(self.scheduler)
         self._prefill_tokens_per_second = 0.0
         self._step_times = StepTimes()
         logger.debug("warm-up took %.2f s", time.perf_counter() - started)
+
+
+def chunks_of(output: SchedulerOutput) -> list[Chunk]:
+    """What a step is to compute of prompts; plain steps of running requests are none. Before the step is accounted."""
+    return [
+        Chunk(entry.request.request_id, entry.num_scheduled_tokens - len(entry.draft_token_ids))
+        for entry in output.scheduled
+        if entry.num_scheduled_tokens - len(entry.draft_token_ids) > 1 or not entry.request.num_output_tokens
+    ]
 
 
 def _mean(mean: float, value: float) -> float:

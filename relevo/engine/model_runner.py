@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -10,14 +11,32 @@ import torch
 from relevo.core.errors import RelevoError
 from relevo.core.scheduler import ScheduledRequest
 from relevo.engine.batch import Span, flat_batch
+from relevo.engine.beams import BeamCandidates
 from relevo.engine.grammar_masks import GrammarMasks
 from relevo.engine.kv_cache import KVCache
 from relevo.engine.logits_processing import SamplingRow
+from relevo.engine.logprobs import TokenLogprobs
+from relevo.engine.prompt_logprobs import PromptRows
 from relevo.engine.sampler import SampledToken, Sampler
 from relevo.engine.spec_decode.verification import accept, sampling_rows
 from relevo.kernels import Kernels
 from relevo.models.attention import AttentionContext
 from relevo.models.causal_lm import CausalLM
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """By request id.
+
+    sampled: of each request whose known tokens are all computed, what follows them: the drafts that are accepted, and
+        one more, or why there is none. They may go on behind the request's end
+    candidates: of those that are hypotheses of a beam search, instead
+    prompt_logprobs: of those prompts' tokens that a step has computed and that are asked for
+    """
+
+    sampled: dict[str, list[SampledToken] | RelevoError]
+    candidates: dict[str, BeamCandidates]
+    prompt_logprobs: dict[str, list[TokenLogprobs]]
 
 
 class ModelRunner:
@@ -35,17 +54,15 @@ class ModelRunner:
         self.block_size = kv_cache.layout.block_size
         self._grammar_masks = GrammarMasks(sampler.vocab_size, self.device)
 
-    def run(self, scheduled: Sequence[ScheduledRequest]) -> dict[str, list[SampledToken] | RelevoError]:
-        """Compute the scheduled tokens.
-
-        Returns the next tokens of each request whose known tokens are all computed: the drafts that are accepted, and
-        one more; or why there is none. They may go on behind the request's end.
-        """
+    def run(self, scheduled: Sequence[ScheduledRequest]) -> RunResult:
+        """Compute the scheduled tokens."""
         token_ids: list[int] = []
         sampled_rows: list[int] = []  # of the flat batch: those whose logits choose tokens
         rows: list[SamplingRow] = []
         sampling: list[ScheduledRequest] = []
+        prompt_rows = PromptRows()
         for entry in scheduled:
+            prompt_rows.add(entry, len(token_ids))
             token_ids += entry.token_ids
             if entry.samples:
                 sampling.append(entry)
@@ -59,10 +76,14 @@ class ModelRunner:
             torch.tensor(token_ids, device=self.device),
             positions,
             AttentionContext(metadata=metadata, layers=self.kv_cache.layers, kernels=self.kernels),
-            torch.tensor(sampled_rows, dtype=torch.int64, device=self.device),
+            torch.tensor(sampled_rows + prompt_rows.indices, dtype=torch.int64, device=self.device),
         )
-        drawn = iter(self.sampler.sample(logits, rows, masks.result() if masks else None) if rows else ())
-        return {
-            entry.request.request_id: accept(entry.draft_token_ids, list(islice(drawn, 1 + len(entry.draft_token_ids))))
-            for entry in sampling
-        }
+        drawn = iter(self.sampler.sample(logits[: len(rows)], rows, masks.result() if masks else None))
+        result = RunResult({}, {}, prompt_rows.score(self.kernels, logits[len(rows) :]))
+        for entry in sampling:
+            own_drawn = list(islice(drawn, 1 + len(entry.draft_token_ids)))
+            if isinstance(own_drawn[0], list):
+                result.candidates[entry.request.request_id] = own_drawn[0]
+            else:
+                result.sampled[entry.request.request_id] = accept(entry.draft_token_ids, own_drawn)
+        return result

@@ -8,13 +8,14 @@ logits_processing → grammar → greedy rows: argmax
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from relevo.core.errors import InvalidRequest, RelevoError
 from relevo.core.sampling_params import SamplingParams
+from relevo.engine.beams import BeamCandidates, beam_candidates
 from relevo.engine.grammar_masks import Masks
 from relevo.engine.logits_processing import SamplingRow, process
 from relevo.engine.logprobs import TokenLogprobs, named_logprobs, token_logprobs
@@ -30,7 +31,7 @@ class SampledToken:
     logprobs: TokenLogprobs | None
 
 
-Sampled = SampledToken | RelevoError  # an error ends its own request alone
+Sampled = SampledToken | BeamCandidates | RelevoError  # an error ends its own request alone
 
 
 class BadLogits(RelevoError):
@@ -61,6 +62,9 @@ class Sampler:
         assert logits.dtype == torch.float32, f"logits must be float32, not {logits.dtype}"
         if not rows:
             return []
+        beams = [i for i, row in enumerate(rows) if row.sampling.use_beam_search]
+        if beams:
+            return self._with_beams(logits, rows, frozenset(beams), masks)
         processed, failures = process(logits, rows)
         if masks is not None:
             processed = processed.clone() if processed is logits else processed
@@ -94,6 +98,24 @@ class Sampler:
         is_usable = torch.tensor(usable, device=self.device)[masks.rows].unsqueeze(1)
         processed[masks.rows] = torch.where(is_usable, processed[masks.rows], logits[masks.rows])
         self.kernels.mask_logits(processed, masks.rows, masks.words)
+
+    def _with_beams(
+        self, logits: Tensor, rows: Sequence[SamplingRow], beams: frozenset[int], masks: Masks | None
+    ) -> list[Sampled]:
+        """Rows of beams bring what they could go on with, the others their token. Beams have no masks."""
+        others = [i for i in range(len(rows)) if i not in beams]
+        if masks is not None:
+            among_others = [others.index(i) for i in masks.rows.tolist()]
+            masks = replace(masks, rows=torch.tensor(among_others, dtype=torch.int64, device=self.device))
+        tokens = self.sample(logits[others], [rows[i] for i in others], masks)
+        sampled = dict(zip(others, tokens, strict=True))
+        for i in beams:
+            try:
+                finite = bool(logits[i].max().isfinite())
+                sampled[i] = beam_candidates(self.kernels, logits[i], rows[i]) if finite else BadLogits()
+            except RelevoError as error:
+                sampled[i] = error
+        return [sampled[i] for i in range(len(rows))]
 
     def _draw(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         params = [row.sampling for row in rows]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from relevo.core.block_hash import BlockHash
 from relevo.core.errors import RelevoError
 from relevo.core.request import FinishReason
+from relevo.engine.beams import EndedBeams
 from relevo.engine.logprobs import TokenLogprobs
 from relevo.engine.spec_decode.stats import SpecDecodeStats
 
@@ -30,10 +31,26 @@ class Computed:
 
 
 @dataclass(frozen=True, slots=True)
+class Chunk:
+    """A step has computed this much of what a request knew: of its prompt, or of what it has to compute again."""
+
+    request_id: str
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class NewTokens:
     request_id: str
     token_ids: list[int]
     logprobs: list[TokenLogprobs]  # empty, or one a token
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Of the next tokens of the prompt; the first token of all has none."""
+
+    request_id: str
+    logprobs: list[TokenLogprobs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +81,25 @@ class EngineLoad:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """stored and removed are block names, disjoint: the net change of what the pool holds."""
+    """stored and removed are block names, disjoint: the net change of what the pool holds.
+
+    began_at, ended_at: on the clock of time.monotonic
+    """
 
     load: EngineLoad
     reserved: list[Reserved] = field(default_factory=list)
     admitted: list[str] = field(default_factory=list)
     computed: list[Computed] = field(default_factory=list)
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     tokens: list[NewTokens] = field(default_factory=list)
+    beams: list[EndedBeams] = field(default_factory=list)
     ended: list[EndedRequest] = field(default_factory=list)
     stored: list[BlockHash] = field(default_factory=list)
     removed: list[BlockHash] = field(default_factory=list)
     num_scheduled_tokens: int = 0
+    chunks: list[Chunk] = field(default_factory=list)
+    began_at: float = 0.0
+    ended_at: float = 0.0
 
     @property
     def is_empty(self) -> bool:

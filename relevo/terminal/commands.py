@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -52,3 +53,29 @@ def chat(
         except BrokenPipeError:  # `| head` has seen enough; nothing is left to flush at the end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
+
+
+def top(
+    *,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    once: Annotated[bool, typer.Option("--once", help="print the tables once, and end")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print what they are made of once, as JSON")] = False,
+    interval: Annotated[float, typer.Option(min=0.2, max=3600, metavar="SECONDS", help="between two looks")] = 1.0,
+    requests: Annotated[
+        int | None, typer.Option(min=0, help="how many of the last are listed; by default as many as fit, once: 10")
+    ] = None,
+) -> None:
+    """Watch an endpoint's workers, KV agents and requests. Ctrl-C ends."""
+    from rich.console import Console
+
+    from relevo.terminal.endpoint import Endpoint
+    from relevo.terminal.top import show_once, watch
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    with Endpoint(url, api_key) as endpoint:
+        if once or as_json or not sys.stdout.isatty():
+            show_once(endpoint, console, 10 if requests is None else requests, as_json=as_json)
+            return
+        with suppress(KeyboardInterrupt):
+            watch(endpoint, console, interval, requests)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from relevo.core.errors import DeadlineExceeded
 from relevo.core.request import Request
 from relevo.engine.step_result import Reserved
+from services.decode.stages import DecodeStages
 from services.worker.receiving import BlockReceiver, Receiving
 from services.worker.worker import Worker
 
@@ -27,11 +28,12 @@ class TakenIn:
 class Intake:
     """Takes in one request. The router's commands come in any order, before or after run() has begun."""
 
-    def __init__(self, worker: Worker, receiver: BlockReceiver, request: Request) -> None:
+    def __init__(self, worker: Worker, receiver: BlockReceiver, request: Request, stages: DecodeStages) -> None:
         loop = asyncio.get_running_loop()
         self._worker = worker
         self._receiver = receiver
         self._request = request
+        self._stages = stages
         self._source_address: asyncio.Future[str | None] = loop.create_future()  # None: nothing will come
         self._first_token: asyncio.Future[int | None] = loop.create_future()  # None: sampled here
         self._is_local = False
@@ -78,6 +80,7 @@ class Intake:
             missing = "the first token" if self._source_address.done() else "word of where its KV is"
             raise DeadlineExceeded(f"{missing} did not come within {limit:g} s") from None
         self._measure()
+        self._stages.resumed(self._first_token_at)
         return TakenIn(num_blocks * self._request.block_size, [] if first_token is None else [first_token])
 
     async def _receive(self, reserved: Reserved) -> int:
@@ -100,6 +103,7 @@ class Intake:
             logger.debug("stopped waiting for blocks", extra={"request_id": request.request_id})
         finally:
             self._fetching = None
+            self._stages.received(receiving, num_cached_blocks)
         return num_cached_blocks + receiving.num_contiguous
 
     def _measure(self) -> None:

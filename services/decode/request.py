@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from relevo.core.errors import Mismatch, RelevoError
-from relevo.engine.step_result import Computed, EndedRequest, NewTokens, Reserved
+from relevo.core.errors import InvalidRequest, Mismatch, RelevoError
+from relevo.engine.step_result import Chunk, Computed, EndedRequest, NewTokens, PromptLogprobs, Reserved
+from services.common.telemetry import enter_trace, trace_id_of
 from services.decode.intake import Intake
+from services.decode.stages import DecodeStages
 from services.pb.decode_pb2 import Accepted, DecodeCommand, DecodeUpdate, SubmitDecode
+from services.pb.decode_pb2 import PromptLogprobs as PromptLogprobsMessage
 from services.worker.deadline import Deadline
-from services.worker.messages import failed, finished, sampling_from_pb, tokens_to_pb
+from services.worker.messages import failed, finished, logprobs_to_pb, sampling_from_pb, tokens_to_pb
 from services.worker.ports import Admitted, Event
 from services.worker.receiving import BlockReceiver
 from services.worker.session import Reply
@@ -36,12 +39,17 @@ class DecodeRequest:
     ) -> None:
         message = submit.request
         is_split = submit.HasField("ticket")
-        takes_in = is_split or (submit.HasField("fetch") and receiver is not None)
+        # Logits come of computing, not of KV.
+        computes_all = message.sampling.HasField("prompt_logprobs")
+        if is_split and computes_all:
+            raise InvalidRequest("a request that is split has no prompt_logprobs", "prompt_logprobs")
+        takes_in = is_split or (submit.HasField("fetch") and receiver is not None and not computes_all)
         if is_split and receiver is None:
             raise Mismatch("this decode worker has no KV agent (--kv-agent): it takes no split requests")
         self._worker = worker
         self._reply = reply
         self._name = message.request_id
+        self._traceparent = message.traceparent
         self._request = worker.engine.make_request(
             engine_id,
             message.prompt_token_ids,
@@ -50,7 +58,11 @@ class DecodeRequest:
             await_kv=takes_in,
             num_output_tokens=message.num_output_tokens,
         )
-        self._intake = Intake(worker, receiver, self._request) if takes_in and receiver is not None else None
+        self._stages = DecodeStages(worker, self._request)
+        self._num_tokens = 0  # given here
+        self._intake = None
+        if takes_in and receiver is not None:
+            self._intake = Intake(worker, receiver, self._request, self._stages)
         if self._intake is not None and not is_split:
             self._intake.fetch_kv(submit.fetch.source_agent_address)
             self._intake.sample_here()
@@ -88,11 +100,19 @@ class DecodeRequest:
 
     def on_event(self, event: Event) -> None:
         match event:
+            case PromptLogprobs():
+                logprobs = PromptLogprobsMessage(logprobs=logprobs_to_pb(event.logprobs))
+                self._reply.send(DecodeUpdate(handle=self._reply.handle, prompt_logprobs=logprobs))
             case NewTokens():
-                self._reply.send(DecodeUpdate(handle=self._reply.handle, tokens=tokens_to_pb(event)))
+                self._num_tokens += len(event.token_ids)
+                tokens = tokens_to_pb(event, self._stages.tokens())
+                self._reply.send(DecodeUpdate(handle=self._reply.handle, tokens=tokens))
+            case Chunk():
+                self._stages.chunk(event)
             case Admitted() if self._intake is None:
                 self._accept(self._request.num_cached_tokens)
             case Reserved() if self._intake is not None and not self._is_stopping:
+                self._stages.reserved()
                 self._accept(event.num_cached_tokens)
                 self._task = self._worker.spawn(self._take_in(self._intake, event), f"intake {self._name}")
                 self._task.add_done_callback(self._task_done)
@@ -102,6 +122,7 @@ class DecodeRequest:
                 pass
 
     async def _take_in(self, intake: Intake, reserved: Reserved) -> None:
+        enter_trace(self._traceparent)
         try:
             taken_in = await intake.run(reserved)
         except RelevoError as error:
@@ -131,13 +152,14 @@ class DecodeRequest:
             self._request.num_prompt_tokens, max(ended.num_cached_tokens, self._num_taken_in_tokens)
         )
         self._error = self._error or ended.error
+        stages = self._stages.ended(self._num_tokens)
         if self._error is None:
-            self._reply.end(
-                finished(ended.finish_reason, num_cached_tokens, ended.num_draft_tokens, ended.num_accepted_tokens)
-            )
+            drafts = ended.num_draft_tokens, ended.num_accepted_tokens
+            self._reply.end(finished(ended.finish_reason, num_cached_tokens, stages, *drafts))
         else:
-            self._reply.end(failed(self._error, num_cached_tokens))
+            self._reply.end(failed(self._error, num_cached_tokens, stages))
         self._log("ended: %s", ended.finish_reason.value if self._error is None else self._error.message)
 
     def _log(self, message: str, *values: object) -> None:
-        logger.debug(message, *values, extra={"request_id": self._name})
+        about = {"request_id": self._name, "trace_id": trace_id_of(self._traceparent)}
+        logger.debug(message, *values, extra=about)

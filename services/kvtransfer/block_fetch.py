@@ -47,6 +47,7 @@ class BlockFetch:
     ) -> None:
         self.mapping = mapping
         self.link_bytes_per_second = 0.0  # of what comes from another agent, as the last link to it was; 0: from here
+        self.transport = "shm"  # how they get to this host's arena; as it is known with the last reply
         self._call = call
         self._peer = f"kvtransfer agent {peer}"
         self._num_outstanding = num_blocks
@@ -101,6 +102,7 @@ class BlockFetch:
             raise Unavailable(f"{self._peer} does not answer") from None
         if not isinstance(reply, kvtransfer_pb2.FetchReply):
             raise Unavailable(f"{self._peer} ended the stream with {self._num_outstanding} blocks unanswered")
+        self.transport = reply.transport or self.transport
         self.link_bytes_per_second = reply.link_bytes_per_second or self.link_bytes_per_second
         return FetchBatch(
             [ArrivedBlock(block.index, block.slot, block.checksum) for block in reply.blocks],

@@ -33,6 +33,7 @@ from relevo.core.errors import Mismatch, Unavailable
 from services.common.errors import error_from_rpc, relevo_errors
 from services.common.grpc import cancelling, make_channel
 from services.common.security import NO_SECURITY, Security
+from services.common.telemetry import trace_metadata
 from services.kvtransfer.block_fetch import BlockFetch
 from services.kvtransfer.mapping import (
     ArenaMapping,
@@ -110,7 +111,7 @@ class KvAgentClient:
                 num_blocks_at_source=num_blocks_at_source,
                 is_offer=is_offer,
             )
-            with cancelling(self._stub.Publish()) as call:
+            with cancelling(self._stub.Publish(metadata=trace_metadata())) as call:
                 publication = Publication(call, mapping, self.address)
                 try:
                     await publication.open(announce)
@@ -139,7 +140,7 @@ class KvAgentClient:
                 timeout_ms=max(1, int(timeout_seconds * 1000)),
                 agent_incarnation=mapping.incarnation,
             )
-            with cancelling(self._stub.Fetch()) as call:
+            with cancelling(self._stub.Fetch(metadata=trace_metadata())) as call:
                 fetch = BlockFetch(call, mapping, self.address, len(hashes), timeout_seconds)
                 try:
                     await fetch.open(opened)

@@ -145,6 +145,7 @@ class FetchSession:
             )
             if self._source:
                 reply.link_bytes_per_second = self._links.bytes_per_second(self._source)
+                reply.transport = self._links.transport(self._source)
             if self._first:
                 self._first = False
                 reply.pull_token = self._reader.token

@@ -91,6 +91,11 @@ class Links:
         slot = self._slots.get(address)
         return slot.link.figures.bytes_per_second if slot is not None and slot.link is not None else 0.0
 
+    def transport(self, address: str) -> str:
+        """ "": there is no link."""
+        slot = self._slots.get(address)
+        return slot.link.puller.name if slot is not None and slot.link is not None else ""
+
     @asynccontextmanager
     async def to(self, address: str) -> AsyncIterator[Link]:
         """A link, made if there is none; it is not idle until the block is left. Raises Unavailable, Mismatch."""

@@ -19,6 +19,7 @@ from relevo.core.block_hash import BlockHash
 from relevo.core.errors import Mismatch, RelevoError, Unavailable
 from services.common.errors import error_from_rpc
 from services.common.grpc import cancelling
+from services.common.telemetry import trace_metadata
 from services.kvtransfer.links import Link, Links
 from services.kvtransfer.slots import Announcement
 from services.kvtransfer.store import Store
@@ -87,7 +88,7 @@ class _Pull:
         stub = kvtransfer_pb2_grpc.KvTransferStub(link.channel)
         open_fetch = kvtransfer_pb2.OpenFetch(block_hashes=names, timeout_ms=max(1, int(timeout_seconds * 1000)))
         try:
-            with cancelling(stub.Fetch(timeout=timeout_seconds + _GRACE_SECONDS)) as call:
+            with cancelling(stub.Fetch(timeout=timeout_seconds + _GRACE_SECONDS, metadata=trace_metadata())) as call:
                 with suppress(asyncio.InvalidStateError):  # it has failed already: read() tells why
                     await call.write(kvtransfer_pb2.FetchRequest(open=open_fetch))
                 await self._answer_all(call, link)

@@ -10,6 +10,7 @@ from typing import Any
 import grpc.aio
 
 from relevo.core.errors import InvalidRequest
+from services.common.telemetry import enter_callers_trace
 from services.kvtransfer import inspection
 from services.kvtransfer.fetch_session import FetchContext, FetchSession, read_open_fetch
 from services.kvtransfer.links import Links
@@ -77,9 +78,11 @@ class KvTransferServicer(kvtransfer_pb2_grpc.KvTransferServicer):
     async def Publish(self, request_iterator: Any, context: PublishContext) -> None:  # type: ignore[override]
         # grpc.aio allows handlers that read and write through the context: their `finally` runs at once when a call is
         # cancelled, a suspended generator's only when it is collected.
+        enter_callers_trace(context.invocation_metadata())
         await serve_publish(self._store, self._tiers, self._links, context)
 
     async def Fetch(self, request_iterator: Any, context: FetchContext) -> None:  # type: ignore[override]
+        enter_callers_trace(context.invocation_metadata())
         opened = await read_open_fetch(context)
         if opened is None:
             return

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from services.pb import messages_pb2 as services_dot_pb_dot_messages__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18services/pb/decode.proto\x12\trelevo.v1\x1a\x1aservices/pb/messages.proto\"\x8c\x02\n\rDecodeCommand\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12)\n\x06submit\x18\x02 \x01(\x0b\x32\x17.relevo.v1.SubmitDecodeH\x00\x12&\n\x08\x66\x65tch_kv\x18\x03 \x01(\x0b\x32\x12.relevo.v1.FetchKvH\x00\x12,\n\x0b\x66irst_token\x18\x04 \x01(\x0b\x32\x15.relevo.v1.FirstTokenH\x00\x12\x34\n\x0f\x63ompute_locally\x18\x05 \x01(\x0b\x32\x19.relevo.v1.ComputeLocallyH\x00\x12)\n\x06\x63\x61ncel\x18\x06 \x01(\x0b\x32\x17.relevo.v1.CancelDecodeH\x00\x42\t\n\x07\x63ommand\"\x83\x01\n\x0cSubmitDecode\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.relevo.v1.GenerationRequest\x12!\n\x06ticket\x18\x02 \x01(\x0b\x32\x11.relevo.v1.Ticket\x12!\n\x05\x66\x65tch\x18\x03 \x01(\x0b\x32\x12.relevo.v1.FetchKv\"\'\n\x07\x46\x65tchKv\x12\x1c\n\x14source_agent_address\x18\x01 \x01(\t\"\x1e\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\"\x10\n\x0e\x43omputeLocally\"\x0e\n\x0c\x43\x61ncelDecode\"X\n\rDecodeUpdates\x12(\n\x07updates\x18\x01 \x03(\x0b\x32\x17.relevo.v1.DecodeUpdate\x12\x1d\n\x04load\x18\x02 \x01(\x0b\x32\x0f.relevo.v1.Load\"\x99\x01\n\x0c\x44\x65\x63odeUpdate\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\'\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x13.relevo.v1.AcceptedH\x00\x12#\n\x06tokens\x18\x03 \x01(\x0b\x32\x11.relevo.v1.TokensH\x00\x12!\n\x05\x65nded\x18\x04 \x01(\x0b\x32\x10.relevo.v1.EndedH\x00\x42\x08\n\x06update\"%\n\x08\x41\x63\x63\x65pted\x12\x19\n\x11num_cached_blocks\x18\x01 \x01(\r2S\n\rDecodeService\x12\x42\n\x08Generate\x12\x18.relevo.v1.DecodeCommand\x1a\x18.relevo.v1.DecodeUpdates(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18services/pb/decode.proto\x12\trelevo.v1\x1a\x1aservices/pb/messages.proto\"\x8c\x02\n\rDecodeCommand\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12)\n\x06submit\x18\x02 \x01(\x0b\x32\x17.relevo.v1.SubmitDecodeH\x00\x12&\n\x08\x66\x65tch_kv\x18\x03 \x01(\x0b\x32\x12.relevo.v1.FetchKvH\x00\x12,\n\x0b\x66irst_token\x18\x04 \x01(\x0b\x32\x15.relevo.v1.FirstTokenH\x00\x12\x34\n\x0f\x63ompute_locally\x18\x05 \x01(\x0b\x32\x19.relevo.v1.ComputeLocallyH\x00\x12)\n\x06\x63\x61ncel\x18\x06 \x01(\x0b\x32\x17.relevo.v1.CancelDecodeH\x00\x42\t\n\x07\x63ommand\"\x83\x01\n\x0cSubmitDecode\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.relevo.v1.GenerationRequest\x12!\n\x06ticket\x18\x02 \x01(\x0b\x32\x11.relevo.v1.Ticket\x12!\n\x05\x66\x65tch\x18\x03 \x01(\x0b\x32\x12.relevo.v1.FetchKv\"\'\n\x07\x46\x65tchKv\x12\x1c\n\x14source_agent_address\x18\x01 \x01(\t\"\x1e\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\"\x10\n\x0e\x43omputeLocally\"\x0e\n\x0c\x43\x61ncelDecode\"X\n\rDecodeUpdates\x12(\n\x07updates\x18\x01 \x03(\x0b\x32\x17.relevo.v1.DecodeUpdate\x12\x1d\n\x04load\x18\x02 \x01(\x0b\x32\x0f.relevo.v1.Load\"\xcf\x01\n\x0c\x44\x65\x63odeUpdate\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\'\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x13.relevo.v1.AcceptedH\x00\x12#\n\x06tokens\x18\x03 \x01(\x0b\x32\x11.relevo.v1.TokensH\x00\x12!\n\x05\x65nded\x18\x04 \x01(\x0b\x32\x10.relevo.v1.EndedH\x00\x12\x34\n\x0fprompt_logprobs\x18\x14 \x01(\x0b\x32\x19.relevo.v1.PromptLogprobsH\x00\x42\x08\n\x06update\"<\n\x0ePromptLogprobs\x12*\n\x08logprobs\x18\x01 \x03(\x0b\x32\x18.relevo.v1.TokenLogprobs\"%\n\x08\x41\x63\x63\x65pted\x12\x19\n\x11num_cached_blocks\x18\x01 \x01(\r2S\n\rDecodeService\x12\x42\n\x08Generate\x12\x18.relevo.v1.DecodeCommand\x1a\x18.relevo.v1.DecodeUpdates(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,9 +47,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DECODEUPDATES']._serialized_start=579
   _globals['_DECODEUPDATES']._serialized_end=667
   _globals['_DECODEUPDATE']._serialized_start=670
-  _globals['_DECODEUPDATE']._serialized_end=823
-  _globals['_ACCEPTED']._serialized_start=825
-  _globals['_ACCEPTED']._serialized_end=862
-  _globals['_DECODESERVICE']._serialized_start=864
-  _globals['_DECODESERVICE']._serialized_end=947
+  _globals['_DECODEUPDATE']._serialized_end=877
+  _globals['_PROMPTLOGPROBS']._serialized_start=879
+  _globals['_PROMPTLOGPROBS']._serialized_end=939
+  _globals['_ACCEPTED']._serialized_start=941
+  _globals['_ACCEPTED']._serialized_end=978
+  _globals['_DECODESERVICE']._serialized_start=980
+  _globals['_DECODESERVICE']._serialized_end=1063
 # @@protoc_insertion_point(module_scope)

@@ -200,6 +200,7 @@ class DecodeUpdate(_message.Message):
     ACCEPTED_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     ENDED_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     @_builtins.property
     def accepted(self) -> Global___Accepted: ...
@@ -207,6 +208,8 @@ class DecodeUpdate(_message.Message):
     def tokens(self) -> _messages_pb2.Tokens: ...
     @_builtins.property
     def ended(self) -> _messages_pb2.Ended: ...
+    @_builtins.property
+    def prompt_logprobs(self) -> Global___PromptLogprobs: ...
     def __init__(
         self,
         *,
@@ -214,16 +217,39 @@ class DecodeUpdate(_message.Message):
         accepted: Global___Accepted | None = ...,
         tokens: _messages_pb2.Tokens | None = ...,
         ended: _messages_pb2.Ended | None = ...,
+        prompt_logprobs: Global___PromptLogprobs | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "ended", b"ended", "tokens", b"tokens", "update", b"update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "ended", b"ended", "prompt_logprobs", b"prompt_logprobs", "tokens", b"tokens", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "ended", b"ended", "handle", b"handle", "tokens", b"tokens", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "ended", b"ended", "handle", b"handle", "prompt_logprobs", b"prompt_logprobs", "tokens", b"tokens", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["accepted", "tokens", "ended"]  # noqa: Y015
+    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["accepted", "tokens", "ended", "prompt_logprobs"]  # noqa: Y015
     _WhichOneofArgType_update: _TypeAlias = _typing.Literal["update", b"update"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_update) -> _WhichOneofReturnType_update | None: ...
 
 Global___DecodeUpdate: _TypeAlias = DecodeUpdate  # noqa: Y015
+
+@_typing.final
+class PromptLogprobs(_message.Message):
+    """Of the next tokens of the prompt, the second one first; all have been sent before the first Tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_messages_pb2.TokenLogprobs]: ...
+    def __init__(
+        self,
+        *,
+        logprobs: _abc.Iterable[_messages_pb2.TokenLogprobs] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromptLogprobs: _TypeAlias = PromptLogprobs  # noqa: Y015
 
 @_typing.final
 class Accepted(_message.Message):

@@ -48,7 +48,8 @@ class DecodeServiceServicer:
         """One stream a router, for all of its requests; one DecodeUpdates a step. Commands and updates name a request by
         its handle, which the router chooses, unique on the stream. A stream that ends cancels its requests.
 
-        Without a ticket: Submit → Accepted → Tokens … → Ended; decode computes the prompt itself.
+        Without a ticket: Submit → Accepted → Tokens … → Ended; decode computes the prompt itself. With prompt_logprobs, which
+        no request with a ticket may ask for, PromptLogprobs … come before Tokens.
         With a ticket: Submit → Accepted (blocks are reserved) → the router tells FetchKv once prefill has announced, and
         FirstToken once it has it; or ComputeLocally when prefill failed. Then Tokens (from the second on) … → Ended.
         After ComputeLocally a first token not yet given is sampled here and is the first of Tokens.

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from services.pb import worker_pb2 as services_dot_pb_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cservices/pb/kvtransfer.proto\x12\trelevo.v1\x1a\x18services/pb/worker.proto\"h\n\rAttachRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x1a\n\x12layout_fingerprint\x18\x03 \x01(\x0c\x12\x13\n\x0b\x62lock_bytes\x18\x04 \x01(\x04\"\x8b\x01\n\x0b\x41ttachReply\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x12\n\narena_path\x18\x03 \x01(\t\x12\x12\n\nslot_bytes\x18\x04 \x01(\x04\x12\x11\n\tnum_slots\x18\x05 \x01(\r\x12\x1a\n\x12\x61\x64vertised_address\x18\x06 \x01(\t\"e\n\x0ePublishRequest\x12\'\n\x08\x61nnounce\x18\x01 \x01(\x0b\x32\x13.relevo.v1.AnnounceH\x00\x12\x1f\n\x04seal\x18\x02 \x01(\x0b\x32\x0f.relevo.v1.SealH\x00\x42\t\n\x07request\"\xc3\x01\n\x08\x41nnounce\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x14\n\x0c\x62lock_hashes\x18\x03 \x03(\x0c\x12\x10\n\x08lease_ms\x18\x04 \x01(\r\x12\x19\n\x11\x61gent_incarnation\x18\x05 \x01(\t\x12\x1c\n\x14source_agent_address\x18\x06 \x01(\t\x12\x1c\n\x14num_blocks_at_source\x18\x07 \x01(\r\x12\x10\n\x08is_offer\x18\x08 \x01(\x08\".\n\x04Seal\x12&\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x16.relevo.v1.SealedBlock\".\n\x0bSealedBlock\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08\x63hecksum\x18\x02 \x01(\x06\"f\n\x0cPublishReply\x12%\n\x07granted\x18\x01 \x01(\x0b\x32\x12.relevo.v1.GrantedH\x00\x12&\n\x08seal_ack\x18\x02 \x01(\x0b\x32\x12.relevo.v1.SealAckH\x00\x42\x07\n\x05reply\"Q\n\x07Granted\x12%\n\x05slots\x18\x01 \x03(\x0b\x32\x16.relevo.v1.GrantedSlot\x12\x0e\n\x06sealed\x18\x02 \x03(\r\x12\x0f\n\x07loading\x18\x03 \x03(\r\"*\n\x0bGrantedSlot\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04slot\x18\x02 \x01(\r\"\x1d\n\x07SealAck\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\"l\n\x0c\x46\x65tchRequest\x12$\n\x04open\x18\x01 \x01(\x0b\x32\x14.relevo.v1.OpenFetchH\x00\x12+\n\x07release\x18\x02 \x01(\x0b\x32\x18.relevo.v1.ReleaseBlocksH\x00\x42\t\n\x07request\"n\n\tOpenFetch\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x03(\x0c\x12\x1c\n\x14source_agent_address\x18\x02 \x01(\t\x12\x12\n\ntimeout_ms\x18\x03 \x01(\r\x12\x19\n\x11\x61gent_incarnation\x18\x04 \x01(\t\"1\n\rReleaseBlocks\x12\x0f\n\x07indices\x18\x01 \x03(\r\x12\x0f\n\x07\x63orrupt\x18\x02 \x03(\r\"\xaf\x01\n\nFetchReply\x12#\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x13.relevo.v1.BlockRef\x12(\n\x07missing\x18\x02 \x03(\x0b\x32\x17.relevo.v1.MissingBlock\x12\x12\n\npull_token\x18\x03 \x01(\x0c\x12\x13\n\x0b\x62lock_bytes\x18\x06 \x01(\x04\x12\x1d\n\x15link_bytes_per_second\x18\x07 \x01(\x01J\x04\x08\x04\x10\x05J\x04\x08\x05\x10\x06\"9\n\x08\x42lockRef\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04slot\x18\x02 \x01(\r\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x06\"+\n\x0cMissingBlock\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04\x63ode\x18\x02 \x01(\x05\"\x0e\n\x0c\x41uditRequest\"\xe2\x01\n\nAuditReply\x12\x11\n\tnum_slots\x18\x01 \x01(\r\x12\x10\n\x08num_free\x18\x02 \x01(\r\x12\x13\n\x0bnum_granted\x18\x03 \x01(\r\x12\x12\n\nnum_sealed\x18\x04 \x01(\r\x12\x12\n\nnum_pinned\x18\x05 \x01(\r\x12\x12\n\nnum_leases\x18\x06 \x01(\r\x12\x13\n\x0bnum_fetches\x18\x07 \x01(\r\x12\x12\n\nslot_bytes\x18\x08 \x01(\x04\x12\x19\n\x11num_blocks_sealed\x18< \x01(\x04\x12\x1a\n\x12num_blocks_fetched\x18= \x01(\x04\"\x11\n\x0fGetTiersRequest\"4\n\rGetTiersReply\x12#\n\x05tiers\x18\x01 \x03(\x0b\x32\x14.relevo.v1.TierState\"\xc5\x02\n\tTierState\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\r\n\x05place\x18\x02 \x01(\t\x12\x12\n\nnum_blocks\x18\x03 \x01(\x04\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x11\n\tmax_bytes\x18\x05 \x01(\x04\x12\x10\n\x08num_hits\x18\x06 \x01(\x04\x12\x12\n\nnum_stored\x18\x07 \x01(\x04\x12\x13\n\x0bnum_evicted\x18\x08 \x01(\x04\x12\x13\n\x0bnum_damaged\x18\t \x01(\x04\x12\x39\n\x0bnum_dropped\x18\n \x03(\x0b\x32$.relevo.v1.TierState.NumDroppedEntry\x12\x12\n\nnum_in_use\x18\x0b \x01(\x04\x12\x0f\n\x07trouble\x18\x0c \x01(\t\x1a\x31\n\x0fNumDroppedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"0\n\x11ListBlocksRequest\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\r\"E\n\x0fListBlocksReply\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12$\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x14.relevo.v1.HeldBlock\"O\n\tHeldBlock\x12\x0c\n\x04name\x18\x01 \x01(\x0c\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x10\n\x08num_pins\x18\x03 \x01(\r\x12\x0f\n\x07granted\x18\x04 \x01(\x08\"\"\n\x12\x43learBlocksRequest\x12\x0c\n\x04tier\x18\x01 \x01(\t\"9\n\x10\x43learBlocksReply\x12%\n\x05tiers\x18\x01 \x03(\x0b\x32\x16.relevo.v1.ClearedTier\"A\n\x0b\x43learedTier\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\x04\x12\x10\n\x08num_kept\x18\x03 \x01(\x04\x32\xa0\x04\n\nKvTransfer\x12:\n\x06\x41ttach\x12\x18.relevo.v1.AttachRequest\x1a\x16.relevo.v1.AttachReply\x12\x41\n\x07Publish\x12\x19.relevo.v1.PublishRequest\x1a\x17.relevo.v1.PublishReply(\x01\x30\x01\x12;\n\x05\x46\x65tch\x12\x17.relevo.v1.FetchRequest\x1a\x15.relevo.v1.FetchReply(\x01\x30\x01\x12\x37\n\x05\x41udit\x12\x17.relevo.v1.AuditRequest\x1a\x15.relevo.v1.AuditReply\x12\x46\n\x0bWatchBlocks\x12\x1d.relevo.v1.WatchBlocksRequest\x1a\x16.relevo.v1.BlockEvents0\x01\x12@\n\x08GetTiers\x12\x1a.relevo.v1.GetTiersRequest\x1a\x18.relevo.v1.GetTiersReply\x12H\n\nListBlocks\x12\x1c.relevo.v1.ListBlocksRequest\x1a\x1a.relevo.v1.ListBlocksReply0\x01\x12I\n\x0b\x43learBlocks\x12\x1d.relevo.v1.ClearBlocksRequest\x1a\x1b.relevo.v1.ClearBlocksReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cservices/pb/kvtransfer.proto\x12\trelevo.v1\x1a\x18services/pb/worker.proto\"h\n\rAttachRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x1a\n\x12layout_fingerprint\x18\x03 \x01(\x0c\x12\x13\n\x0b\x62lock_bytes\x18\x04 \x01(\x04\"\x8b\x01\n\x0b\x41ttachReply\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x12\n\narena_path\x18\x03 \x01(\t\x12\x12\n\nslot_bytes\x18\x04 \x01(\x04\x12\x11\n\tnum_slots\x18\x05 \x01(\r\x12\x1a\n\x12\x61\x64vertised_address\x18\x06 \x01(\t\"e\n\x0ePublishRequest\x12\'\n\x08\x61nnounce\x18\x01 \x01(\x0b\x32\x13.relevo.v1.AnnounceH\x00\x12\x1f\n\x04seal\x18\x02 \x01(\x0b\x32\x0f.relevo.v1.SealH\x00\x42\t\n\x07request\"\xc3\x01\n\x08\x41nnounce\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x14\n\x0c\x62lock_hashes\x18\x03 \x03(\x0c\x12\x10\n\x08lease_ms\x18\x04 \x01(\r\x12\x19\n\x11\x61gent_incarnation\x18\x05 \x01(\t\x12\x1c\n\x14source_agent_address\x18\x06 \x01(\t\x12\x1c\n\x14num_blocks_at_source\x18\x07 \x01(\r\x12\x10\n\x08is_offer\x18\x08 \x01(\x08\".\n\x04Seal\x12&\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x16.relevo.v1.SealedBlock\".\n\x0bSealedBlock\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08\x63hecksum\x18\x02 \x01(\x06\"f\n\x0cPublishReply\x12%\n\x07granted\x18\x01 \x01(\x0b\x32\x12.relevo.v1.GrantedH\x00\x12&\n\x08seal_ack\x18\x02 \x01(\x0b\x32\x12.relevo.v1.SealAckH\x00\x42\x07\n\x05reply\"Q\n\x07Granted\x12%\n\x05slots\x18\x01 \x03(\x0b\x32\x16.relevo.v1.GrantedSlot\x12\x0e\n\x06sealed\x18\x02 \x03(\r\x12\x0f\n\x07loading\x18\x03 \x03(\r\"*\n\x0bGrantedSlot\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04slot\x18\x02 \x01(\r\"\x1d\n\x07SealAck\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\"l\n\x0c\x46\x65tchRequest\x12$\n\x04open\x18\x01 \x01(\x0b\x32\x14.relevo.v1.OpenFetchH\x00\x12+\n\x07release\x18\x02 \x01(\x0b\x32\x18.relevo.v1.ReleaseBlocksH\x00\x42\t\n\x07request\"n\n\tOpenFetch\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x03(\x0c\x12\x1c\n\x14source_agent_address\x18\x02 \x01(\t\x12\x12\n\ntimeout_ms\x18\x03 \x01(\r\x12\x19\n\x11\x61gent_incarnation\x18\x04 \x01(\t\"1\n\rReleaseBlocks\x12\x0f\n\x07indices\x18\x01 \x03(\r\x12\x0f\n\x07\x63orrupt\x18\x02 \x03(\r\"\xc2\x01\n\nFetchReply\x12#\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x13.relevo.v1.BlockRef\x12(\n\x07missing\x18\x02 \x03(\x0b\x32\x17.relevo.v1.MissingBlock\x12\x12\n\npull_token\x18\x03 \x01(\x0c\x12\x13\n\x0b\x62lock_bytes\x18\x06 \x01(\x04\x12\x1d\n\x15link_bytes_per_second\x18\x07 \x01(\x01\x12\x11\n\ttransport\x18\x32 \x01(\tJ\x04\x08\x04\x10\x05J\x04\x08\x05\x10\x06\"9\n\x08\x42lockRef\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04slot\x18\x02 \x01(\r\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x06\"+\n\x0cMissingBlock\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04\x63ode\x18\x02 \x01(\x05\"\x0e\n\x0c\x41uditRequest\"\xe2\x01\n\nAuditReply\x12\x11\n\tnum_slots\x18\x01 \x01(\r\x12\x10\n\x08num_free\x18\x02 \x01(\r\x12\x13\n\x0bnum_granted\x18\x03 \x01(\r\x12\x12\n\nnum_sealed\x18\x04 \x01(\r\x12\x12\n\nnum_pinned\x18\x05 \x01(\r\x12\x12\n\nnum_leases\x18\x06 \x01(\r\x12\x13\n\x0bnum_fetches\x18\x07 \x01(\r\x12\x12\n\nslot_bytes\x18\x08 \x01(\x04\x12\x19\n\x11num_blocks_sealed\x18< \x01(\x04\x12\x1a\n\x12num_blocks_fetched\x18= \x01(\x04\"\x11\n\x0fGetTiersRequest\"4\n\rGetTiersReply\x12#\n\x05tiers\x18\x01 \x03(\x0b\x32\x14.relevo.v1.TierState\"\xc5\x02\n\tTierState\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\r\n\x05place\x18\x02 \x01(\t\x12\x12\n\nnum_blocks\x18\x03 \x01(\x04\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x11\n\tmax_bytes\x18\x05 \x01(\x04\x12\x10\n\x08num_hits\x18\x06 \x01(\x04\x12\x12\n\nnum_stored\x18\x07 \x01(\x04\x12\x13\n\x0bnum_evicted\x18\x08 \x01(\x04\x12\x13\n\x0bnum_damaged\x18\t \x01(\x04\x12\x39\n\x0bnum_dropped\x18\n \x03(\x0b\x32$.relevo.v1.TierState.NumDroppedEntry\x12\x12\n\nnum_in_use\x18\x0b \x01(\x04\x12\x0f\n\x07trouble\x18\x0c \x01(\t\x1a\x31\n\x0fNumDroppedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"0\n\x11ListBlocksRequest\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\r\"E\n\x0fListBlocksReply\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12$\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x14.relevo.v1.HeldBlock\"O\n\tHeldBlock\x12\x0c\n\x04name\x18\x01 \x01(\x0c\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x10\n\x08num_pins\x18\x03 \x01(\r\x12\x0f\n\x07granted\x18\x04 \x01(\x08\"\"\n\x12\x43learBlocksRequest\x12\x0c\n\x04tier\x18\x01 \x01(\t\"9\n\x10\x43learBlocksReply\x12%\n\x05tiers\x18\x01 \x03(\x0b\x32\x16.relevo.v1.ClearedTier\"A\n\x0b\x43learedTier\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\x04\x12\x10\n\x08num_kept\x18\x03 \x01(\x04\x32\xa0\x04\n\nKvTransfer\x12:\n\x06\x41ttach\x12\x18.relevo.v1.AttachRequest\x1a\x16.relevo.v1.AttachReply\x12\x41\n\x07Publish\x12\x19.relevo.v1.PublishRequest\x1a\x17.relevo.v1.PublishReply(\x01\x30\x01\x12;\n\x05\x46\x65tch\x12\x17.relevo.v1.FetchRequest\x1a\x15.relevo.v1.FetchReply(\x01\x30\x01\x12\x37\n\x05\x41udit\x12\x17.relevo.v1.AuditRequest\x1a\x15.relevo.v1.AuditReply\x12\x46\n\x0bWatchBlocks\x12\x1d.relevo.v1.WatchBlocksRequest\x1a\x16.relevo.v1.BlockEvents0\x01\x12@\n\x08GetTiers\x12\x1a.relevo.v1.GetTiersRequest\x1a\x18.relevo.v1.GetTiersReply\x12H\n\nListBlocks\x12\x1c.relevo.v1.ListBlocksRequest\x1a\x1a.relevo.v1.ListBlocksReply0\x01\x12I\n\x0b\x43learBlocks\x12\x1d.relevo.v1.ClearBlocksRequest\x1a\x1b.relevo.v1.ClearBlocksReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -61,35 +61,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RELEASEBLOCKS']._serialized_start=1198
   _globals['_RELEASEBLOCKS']._serialized_end=1247
   _globals['_FETCHREPLY']._serialized_start=1250
-  _globals['_FETCHREPLY']._serialized_end=1425
-  _globals['_BLOCKREF']._serialized_start=1427
-  _globals['_BLOCKREF']._serialized_end=1484
-  _globals['_MISSINGBLOCK']._serialized_start=1486
-  _globals['_MISSINGBLOCK']._serialized_end=1529
-  _globals['_AUDITREQUEST']._serialized_start=1531
-  _globals['_AUDITREQUEST']._serialized_end=1545
-  _globals['_AUDITREPLY']._serialized_start=1548
-  _globals['_AUDITREPLY']._serialized_end=1774
-  _globals['_GETTIERSREQUEST']._serialized_start=1776
-  _globals['_GETTIERSREQUEST']._serialized_end=1793
-  _globals['_GETTIERSREPLY']._serialized_start=1795
-  _globals['_GETTIERSREPLY']._serialized_end=1847
-  _globals['_TIERSTATE']._serialized_start=1850
-  _globals['_TIERSTATE']._serialized_end=2175
-  _globals['_TIERSTATE_NUMDROPPEDENTRY']._serialized_start=2126
-  _globals['_TIERSTATE_NUMDROPPEDENTRY']._serialized_end=2175
-  _globals['_LISTBLOCKSREQUEST']._serialized_start=2177
-  _globals['_LISTBLOCKSREQUEST']._serialized_end=2225
-  _globals['_LISTBLOCKSREPLY']._serialized_start=2227
-  _globals['_LISTBLOCKSREPLY']._serialized_end=2296
-  _globals['_HELDBLOCK']._serialized_start=2298
-  _globals['_HELDBLOCK']._serialized_end=2377
-  _globals['_CLEARBLOCKSREQUEST']._serialized_start=2379
-  _globals['_CLEARBLOCKSREQUEST']._serialized_end=2413
-  _globals['_CLEARBLOCKSREPLY']._serialized_start=2415
-  _globals['_CLEARBLOCKSREPLY']._serialized_end=2472
-  _globals['_CLEAREDTIER']._serialized_start=2474
-  _globals['_CLEAREDTIER']._serialized_end=2539
-  _globals['_KVTRANSFER']._serialized_start=2542
-  _globals['_KVTRANSFER']._serialized_end=3086
+  _globals['_FETCHREPLY']._serialized_end=1444
+  _globals['_BLOCKREF']._serialized_start=1446
+  _globals['_BLOCKREF']._serialized_end=1503
+  _globals['_MISSINGBLOCK']._serialized_start=1505
+  _globals['_MISSINGBLOCK']._serialized_end=1548
+  _globals['_AUDITREQUEST']._serialized_start=1550
+  _globals['_AUDITREQUEST']._serialized_end=1564
+  _globals['_AUDITREPLY']._serialized_start=1567
+  _globals['_AUDITREPLY']._serialized_end=1793
+  _globals['_GETTIERSREQUEST']._serialized_start=1795
+  _globals['_GETTIERSREQUEST']._serialized_end=1812
+  _globals['_GETTIERSREPLY']._serialized_start=1814
+  _globals['_GETTIERSREPLY']._serialized_end=1866
+  _globals['_TIERSTATE']._serialized_start=1869
+  _globals['_TIERSTATE']._serialized_end=2194
+  _globals['_TIERSTATE_NUMDROPPEDENTRY']._serialized_start=2145
+  _globals['_TIERSTATE_NUMDROPPEDENTRY']._serialized_end=2194
+  _globals['_LISTBLOCKSREQUEST']._serialized_start=2196
+  _globals['_LISTBLOCKSREQUEST']._serialized_end=2244
+  _globals['_LISTBLOCKSREPLY']._serialized_start=2246
+  _globals['_LISTBLOCKSREPLY']._serialized_end=2315
+  _globals['_HELDBLOCK']._serialized_start=2317
+  _globals['_HELDBLOCK']._serialized_end=2396
+  _globals['_CLEARBLOCKSREQUEST']._serialized_start=2398
+  _globals['_CLEARBLOCKSREQUEST']._serialized_end=2432
+  _globals['_CLEARBLOCKSREPLY']._serialized_start=2434
+  _globals['_CLEARBLOCKSREPLY']._serialized_end=2491
+  _globals['_CLEAREDTIER']._serialized_start=2493
+  _globals['_CLEAREDTIER']._serialized_end=2558
+  _globals['_KVTRANSFER']._serialized_start=2561
+  _globals['_KVTRANSFER']._serialized_end=3105
 # @@protoc_insertion_point(module_scope)

@@ -401,11 +401,14 @@ class FetchReply(_message.Message):
     PULL_TOKEN_FIELD_NUMBER: _builtins.int
     BLOCK_BYTES_FIELD_NUMBER: _builtins.int
     LINK_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
     pull_token: _builtins.bytes
     """In the first reply alone, for agents that pull (over a link, kvlink.proto): names the stream's pins there."""
     block_bytes: _builtins.int
     link_bytes_per_second: _builtins.float
     """How fast blocks come from the source, as measured on the link to it; 0 = nothing comes from another agent."""
+    transport: _builtins.str
+    """of that link: tcp, nixl; "": as above"""
     @_builtins.property
     def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockRef]: ...
     @_builtins.property
@@ -418,10 +421,11 @@ class FetchReply(_message.Message):
         pull_token: _builtins.bytes = ...,
         block_bytes: _builtins.int = ...,
         link_bytes_per_second: _builtins.float = ...,
+        transport: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "blocks", b"blocks", "link_bytes_per_second", b"link_bytes_per_second", "missing", b"missing", "pull_token", b"pull_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "blocks", b"blocks", "link_bytes_per_second", b"link_bytes_per_second", "missing", b"missing", "pull_token", b"pull_token", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

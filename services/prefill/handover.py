@@ -101,10 +101,11 @@ class Handover:
         if lost:
             await self.announce(lost)
 
-    async def hand_over(self, num_blocks: int, block_ids: Sequence[int]) -> None:
+    async def hand_over(self, num_blocks: int, block_ids: Sequence[int]) -> int:
         """Copy and seal those of the first num_blocks, all computed, that are ours to write and not sealed yet.
 
-        block_ids: of the prompt, from its first block on; held until this returns or has been cancelled.
+        block_ids: of the prompt, from its first block on; held until this returns or has been cancelled. Returns how
+        many were sealed.
         """
         last = min(num_blocks, len(block_ids))
         todo = [index for index in range(self._num_done, last) if index in self._grants]
@@ -120,6 +121,7 @@ class Handover:
                 ]
                 if sealed:
                     await publication.seal(sealed)
+        return len(todo)
 
     async def keep_alive(self) -> None:
         """Runs beside the computing: a request that waits must not lose its slots. Raises if the agent is gone.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 
 from relevo.core.block_hash import BlockHash
 from relevo.core.errors import InvalidRequest, RelevoError
 from relevo.core.request import FinishReason
-from relevo.engine.step_result import Computed, EndedRequest, NewTokens, Reserved
+from relevo.engine.step_result import Chunk, Computed, EndedRequest, NewTokens, PromptLogprobs, Reserved
+from services.common.telemetry import enter_trace, trace_id_of
 from services.kvtransfer.client import KvAgentClient
 from services.pb.messages_pb2 import Ended
 from services.pb.prefill_pb2 import Announced, PrefillCommand, PrefillUpdate, SubmitPrefill
@@ -18,6 +20,7 @@ from services.worker.messages import failed, finished, first_error, sampling_fro
 from services.worker.ports import Admitted, Event
 from services.worker.receiving import BlockReceiver
 from services.worker.session import Reply
+from services.worker.stages import Stages
 from services.worker.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -40,6 +43,8 @@ class PrefillRequest:
         reply: Reply[PrefillUpdate],
     ) -> None:
         message = submit.request
+        self._stages = Stages()
+        self._waits_since: float | None = None  # in the engine's queue
         self._worker = worker
         self._ports = HandoverPorts(
             agent, worker.engine.kv_cache, worker.copier, worker.transfers, worker.settings.lease_seconds
@@ -48,6 +53,7 @@ class PrefillRequest:
         self._receiver = receiver
         self._reply = reply
         self._name = message.request_id
+        self._traceparent = message.traceparent
         self._request = worker.engine.make_request(
             engine_id,
             message.prompt_token_ids,
@@ -94,8 +100,15 @@ class PrefillRequest:
     def on_event(self, event: Event) -> None:
         match event:
             case NewTokens():
-                self._reply.send(PrefillUpdate(handle=self._reply.handle, first_token=tokens_to_pb(event)))
+                first_token = tokens_to_pb(event, self._stages.take())
+                self._reply.send(PrefillUpdate(handle=self._reply.handle, first_token=first_token))
+            case Chunk():
+                self._end_wait(self._worker.step_began_at)
+                self._stages.add(
+                    "prefill.chunk", self._worker.step_began_at, self._worker.step_ended_at, tokens=event.num_tokens
+                )
             case Reserved():
+                self._end_wait(time.monotonic())
                 if not self._reserved.done():
                     self._reserved.set_result(event)
             case Computed():
@@ -107,10 +120,11 @@ class PrefillRequest:
                 self._changed.set()
                 if self._is_aborted:
                     self._end()
-            case Admitted():
+            case Admitted() | PromptLogprobs():
                 pass
 
     async def _run(self) -> None:
+        enter_trace(self._traceparent)
         try:
             await self._announce_and_compute()
         except* RelevoError as group:
@@ -123,6 +137,9 @@ class PrefillRequest:
         request = self._request
         names = request.block_hashes(self._num_tokens)
         async with open_handover(self._ports, names, self._num_blocks_at_decode, self._source) as handover:
+            self._waits_since = time.monotonic()
+            num_announced = len(names) - self._num_blocks_at_decode
+            self._stages.add("kv.announce", self._stages.received_at, self._waits_since, blocks=num_announced)
             if not handover.is_loading:
                 self._announced(handover)
             request.await_kv = handover.num_present_blocks > 0
@@ -150,7 +167,11 @@ class PrefillRequest:
             is_last = self._ended is not None
             if self._computed is not None:
                 num_blocks = self._computed.num_computed_tokens // self._request.block_size
-                await handover.hand_over(num_blocks, self._computed.block_ids)
+                began_at = time.monotonic()
+                num_sealed = await handover.hand_over(num_blocks, self._computed.block_ids)
+                if num_sealed:
+                    num_bytes = num_sealed * self._worker.engine.info.block_bytes
+                    self._stages.add("kv.seal", began_at, time.monotonic(), blocks=num_sealed, bytes=num_bytes)
 
     async def _take_present(self, names: list[BlockHash], handover: Handover) -> None:
         """Blocks that our pool lacks, and an agent holds, come from there. Those that don't come are computed."""
@@ -162,6 +183,15 @@ class PrefillRequest:
         if wanted:
             receiving = self._receiver.receive(wanted, reserved.block_ids[num_blocks:], self._source.agent_address)
             await receiving.run()
+            stage = self._stages.add(
+                "kv.fetch",
+                receiving.began_at,
+                time.monotonic(),
+                blocks=receiving.num_contiguous,
+                bytes=receiving.num_contiguous * self._worker.engine.info.block_bytes,
+                blocks_reused=num_blocks,
+            )
+            stage.labels["transport"] = receiving.transport
             num_blocks += receiving.num_contiguous
             self._log("%d blocks taken from the agent", receiving.num_contiguous)
             if receiving.num_contiguous < len(wanted):
@@ -169,6 +199,7 @@ class PrefillRequest:
         if handover.is_loading:
             self._announced(handover)
         self._num_present_tokens = num_blocks * request.block_size
+        self._waits_since = time.monotonic()
         self._worker.thread.resume(request.request_id, self._num_present_tokens, [])
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
@@ -194,11 +225,19 @@ class PrefillRequest:
 
     def _last_word(self) -> Ended:
         num_cached_tokens = max(self._ended.num_cached_tokens if self._ended else 0, self._num_present_tokens)
+        self._stages.add("prefill", self._stages.received_at, time.monotonic())
+        stages = self._stages.take()
         if self._error is not None:
-            return failed(self._error, num_cached_tokens)
+            return failed(self._error, num_cached_tokens, stages)
         if self._is_cancelled or self._ended is None:
-            return finished(FinishReason.CANCELLED, num_cached_tokens)
-        return finished(self._ended.finish_reason, num_cached_tokens)
+            return finished(FinishReason.CANCELLED, num_cached_tokens, stages)
+        return finished(self._ended.finish_reason, num_cached_tokens, stages)
+
+    def _end_wait(self, ended_at: float) -> None:
+        if self._waits_since is not None:
+            self._stages.add("prefill.queue", self._waits_since, max(self._waits_since, ended_at))
+            self._waits_since = None
 
     def _log(self, message: str, *values: object) -> None:
-        logger.debug(message, *values, extra={"request_id": self._name})
+        about = {"request_id": self._name, "trace_id": trace_id_of(self._traceparent)}
+        logger.debug(message, *values, extra=about)

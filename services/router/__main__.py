@@ -8,6 +8,8 @@ import sys
 from contextlib import suppress
 from ssl import SSLContext
 
+from prometheus_client import CollectorRegistry
+
 from relevo import __version__
 from relevo.core.errors import InvalidRequest, StartupError
 from relevo.model_files import GenerationDefaults, ModelFiles, generation_defaults, resolve_model
@@ -30,6 +32,7 @@ from services.router.http.limits import Limiter
 from services.router.http.live import LiveView
 from services.router.http.server import HttpOptions, bind, load_tls, start_http
 from services.router.servicer import registration
+from services.router.tracing import Tracer, tracing_config
 
 
 async def serve(settings: RouterSettings, process: Process) -> None:
@@ -72,8 +75,16 @@ async def serve(settings: RouterSettings, process: Process) -> None:
     )
     dispatcher = FleetDispatcher(fleet, defaults.eos_token_ids, registry=registry)
     live = LiveView(lag)
-    limiter = _open_limiter(settings, keys, process)
-    app = create_app(edge, tokenizer, defaults, dispatcher, registry=registry, limiter=limiter, live=live)
+    app = create_app(
+        edge,
+        tokenizer,
+        defaults,
+        dispatcher,
+        registry=registry,
+        limiter=_open_limiter(settings, keys, process),
+        live=live,
+        tracer=_open_tracer(settings, process, registry),
+    )
     process.spawn(live.run(process.stopping), "live view")
 
     process.spawn(fleet.run(), "fleet")
@@ -114,6 +125,21 @@ def _open_limiter(settings: RouterSettings, keys: KeyRing | None, process: Proce
     process.stack.push_async_callback(limiter.close)
     process.spawn(limiter.run(), "limits")
     return limiter
+
+
+def _open_tracer(settings: RouterSettings, process: Process, registry: CollectorRegistry) -> Tracer | None:
+    """None: there is no collector. Raises StartupError."""
+    try:
+        config = tracing_config(settings.otlp_endpoint, settings.trace_ratio, settings.trace_slow_ms)
+    except ValueError as error:
+        raise StartupError(str(error)) from None
+    if config.endpoint is None:
+        return None
+    from services.router.trace_export import SpanQueue  # half a second and 20 MB, for those who want it
+
+    queue = SpanQueue(config.endpoint)
+    process.stack.push_async_callback(asyncio.to_thread, queue.close)
+    return Tracer(config, queue, registry)
 
 
 def _http_options(settings: RouterSettings, tls: SSLContext | None) -> HttpOptions:

@@ -21,6 +21,7 @@ from services.pb import messages_pb2
 from services.router.backlog import Backlog
 from services.router.fair_queue import Entry, FairQueue
 from services.router.generation import Dispatcher, EndEvent, TokensEvent
+from services.router.timeline import Timeline
 
 _TRY_SECONDS = 0.5  # a worker that has not said yes or no by then, to the first of the queue, holds nobody else up
 _MIN_PAUSE_SECONDS = 0.05
@@ -75,9 +76,11 @@ class Admission:
         self._pause: asyncio.TimerHandle | None = None
         self._pause_seconds = _MIN_PAUSE_SECONDS
 
-    def generate(self, request: messages_pb2.GenerationRequest, standing: Standing) -> AdmittedGeneration:
+    def generate(
+        self, request: messages_pb2.GenerationRequest, standing: Standing, timeline: Timeline | None = None
+    ) -> AdmittedGeneration:
         """Nothing happens before the first `__anext__`, but the request's deadline runs from now."""
-        return AdmittedGeneration(self, request, standing)
+        return AdmittedGeneration(self, request, standing, Timeline() if timeline is None else timeline)
 
     @property
     def is_full(self) -> bool:
@@ -192,9 +195,12 @@ class Admission:
 class AdmittedGeneration:
     """A Generation that begins when there is room for it."""
 
-    def __init__(self, admission: Admission, request: messages_pb2.GenerationRequest, standing: Standing) -> None:
+    def __init__(
+        self, admission: Admission, request: messages_pb2.GenerationRequest, standing: Standing, timeline: Timeline
+    ) -> None:
         self.request = request
         self.standing = standing
+        self.timeline = timeline
         self.on_accepted: Callable[[], None] | None = None
         self._admission = admission
         self._inner = None if admission.is_full else admission.dispatcher.generate(request)
@@ -267,7 +273,9 @@ class AdmittedGeneration:
         entry = admission.enqueue(self, refusal)
         try:
             while True:
+                waits_since = time.perf_counter()
                 await self._wait(self._turn, queued_at)
+                self.timeline.mark("router.queue", waits_since)
                 self._turn = loop.create_future()  # of the next try, if this one is refused
                 try:
                     event = await self._start(entry)
@@ -299,6 +307,7 @@ class AdmittedGeneration:
             self._inner = self._admission.dispatcher.generate(self.request)
         if entry is not None:
             self._inner.on_accepted = lambda: self._note_accepted(entry)
+        self._inner.timeline = self.timeline
         event = await self._inner.__anext__()
         self._has_begun = True
         return event

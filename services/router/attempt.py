@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from relevo.core.errors import RelevoError, Unavailable
@@ -14,6 +15,7 @@ from services.pb import decode_pb2, messages_pb2
 from services.router.connection import WorkerConnection
 from services.router.generation import EndEvent, TokensEvent
 from services.router.request_stream import RequestInbox, Update, WorkerCall
+from services.router.timeline import Timeline, WorkerTimes
 
 Event = TokensEvent | EndEvent
 
@@ -35,6 +37,7 @@ class Job:
     inbox: RequestInbox
     time_left_ms: Callable[[], int]
     stop_token_ids: frozenset[int]
+    timeline: Timeline
 
     @property
     def ends_with_next_token(self) -> bool:
@@ -62,29 +65,60 @@ class DirectAttempt:
         self._decode = decode
         self._work = work
         self._call: WorkerCall | None = None
+        self._times: WorkerTimes | None = None
         self._num_cached_tokens = 0
+        self._prompt_logprobs: list[messages_pb2.TokenLogprobs] = []  # until the first token
 
     def start(self) -> None:
         command = decode_pb2.DecodeCommand(submit=decode_pb2.SubmitDecode(request=self._job.request))
         command.submit.request.timeout_ms = self._job.time_left_ms()
         if self._source is not None:
             command.submit.fetch.source_agent_address = self._source
+        assert self._decode.info is not None
+        self._times = self._job.timeline.at_worker("decode", self._decode.info.worker_id)
         self._call = self._decode.submit(command, self._job.inbox, self._work)
 
     def handle(self, call: WorkerCall, update: Update | RelevoError) -> Sequence[Event]:
         if isinstance(update, RelevoError):
             raise update
         assert isinstance(update, decode_pb2.DecodeUpdate)
+        assert self._times is not None
+        note_decode(self._times, update)
         if update.HasField("accepted"):
             assert self._decode.info is not None
             self._num_cached_tokens = update.accepted.num_cached_blocks * self._decode.info.block_size
         elif update.HasField("ended"):  # with what it took from an agent
             self._num_cached_tokens = max(self._num_cached_tokens, update.ended.num_cached_tokens)
+        elif update.HasField("prompt_logprobs"):
+            self._prompt_logprobs += update.prompt_logprobs.logprobs
+        elif update.HasField("tokens") and self._prompt_logprobs:
+            event = tokens_event(update.tokens, self._num_cached_tokens)
+            logprobs, self._prompt_logprobs = self._prompt_logprobs, []
+            return (replace(event, prompt_logprobs=logprobs),)
         return decode_events(update, self._num_cached_tokens)
 
     def cancel(self) -> None:
         if self._call is not None:
             self._call.cancel()
+
+
+def note_decode(times: WorkerTimes, update: decode_pb2.DecodeUpdate) -> None:
+    """What decode tells of itself."""
+    if update.HasField("tokens"):
+        note_tokens(times, update.tokens)
+    elif update.HasField("ended"):
+        note_ended(times, update.ended)
+
+
+def note_tokens(times: WorkerTimes, tokens: messages_pb2.Tokens) -> None:
+    if tokens.HasField("stages"):
+        times.tell(tokens.stages)
+
+
+def note_ended(times: WorkerTimes, ended: messages_pb2.Ended) -> None:
+    times.ended_at = time.perf_counter()
+    if ended.HasField("stages"):
+        times.tell(ended.stages)
 
 
 def decode_events(update: decode_pb2.DecodeUpdate, num_cached_tokens: int) -> Sequence[Event]:

@@ -69,6 +69,19 @@ class RouterSettings(FleetSettings, cli_prog_name="relevo-router"):
     )
     max_queued: int = Field(256, ge=0, description="requests in the router's queue; a 429 beyond them")
     queue_seconds: float = Field(30.0, gt=0, description="longest wait there; a 429 then")
+    otlp_endpoint: str | None = Field(
+        None,
+        description="OTLP collector (gRPC) for traces: host:port or a URL; not given: OTEL_EXPORTER_OTLP_ENDPOINT",
+    )
+    trace_ratio: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="of the requests, whose traces are kept; OTEL_TRACES_SAMPLER_ARG's, or 0.01, if not given",
+    )
+    trace_slow_ms: float | None = Field(
+        None, gt=0, description="a request that takes so long is kept in any case, as one that fails is"
+    )
     keep_alive_seconds: float = Field(30.0, gt=0, description="how long a connection may wait for its next request")
 
     @field_validator("prefill", "decode")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -26,6 +27,7 @@ from services.router.prompt import Prompt
 from services.router.request_stream import DECODE, PREFILL, RequestInbox
 from services.router.route_log import Predictions, Route, RouteLog, RouteRecord
 from services.router.split import SplitAttempt
+from services.router.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +73,7 @@ class FleetDispatcher:
         return self._fleet.trouble
 
     def explain(self, request_id: str) -> Sequence[Mapping[str, Any]]:
-        return [record.explain() for record in self._planner.log.find(request_id)]
+        return [record.explain() | record.timeline.explain() for record in self._planner.log.find(request_id)]
 
     def records(self) -> Collection[RouteRecord]:
         return self._planner.log.records
@@ -118,6 +120,14 @@ class RoutedGeneration:
         self._loop = asyncio.get_running_loop()
         self._deadline = self._loop.time() + request.timeout_ms / 1000 if request.timeout_ms else None
         self._timer = self._loop.call_at(self._deadline, self._expire) if self._deadline is not None else None
+
+    @property
+    def timeline(self) -> Timeline:
+        return self.record.timeline
+
+    @timeline.setter
+    def timeline(self, timeline: Timeline) -> None:
+        self.record.timeline = timeline
 
     def __aiter__(self) -> RoutedGeneration:
         return self
@@ -166,11 +176,12 @@ class RoutedGeneration:
         """The cheapest candidate that has not refused. Raises Exhausted or Unavailable if there is none."""
         self._check()
         num_tokens = len(self._request.prompt_token_ids)
+        began_at = time.perf_counter()
         placement = await self._place()
         best = placement.best
-        self._note_placement(placement)
+        self._note_placement(placement, began_at)
         logger.debug("placed: %s", best, extra={"request_id": self._request.request_id})
-        job = Job(self._request, self._inbox, self._time_left_ms, self._stop_token_ids)
+        job = Job(self._request, self._inbox, self._time_left_ms, self._stop_token_ids, self.record.timeline)
         decode = self._fleet.worker(DECODE, best.decode)
         assert decode.info is not None
         self._incarnation = decode.info.incarnation
@@ -186,7 +197,9 @@ class RoutedGeneration:
         patience = self._loop.time() + MIGRATION_SECONDS
         while True:
             news = self._fleet.news
-            placement = await self._planner.place(self._prompt, num_tokens, self._refusals, self._loop.time())
+            placement = await self._planner.place(
+                self._prompt, num_tokens, self._refusals, self._loop.time(), whole=self._is_computed_whole
+            )
             if self._is_over:  # the client left, or the time did, while the prompt was hashed
                 await self._inbox.take()
             if placement is not None:
@@ -194,6 +207,10 @@ class RoutedGeneration:
             if not self._output or self._loop.time() >= patience:
                 raise self._nobody_left()
             await _first_of(news, self._over, timeout_seconds=patience - self._loop.time())
+
+    @property
+    def _is_computed_whole(self) -> bool:
+        return self._request.sampling.HasField("prompt_logprobs")
 
     def _check(self) -> None:
         """The edge has looked already; what comes here wrong all the same must not reach a worker."""
@@ -264,17 +281,27 @@ class RoutedGeneration:
             self._note_first_token()
         self._output += event.token_ids
         self.record.note_tokens(len(self._output))
+        self.record.timeline.count(len(event.token_ids))
         self._num_cached_tokens = event.num_cached_tokens
         last = self._events[-1] if self._events else None
         if isinstance(last, TokensEvent):  # the reader is behind: several steps become one event
             event = TokensEvent(
-                [*last.token_ids, *event.token_ids], [*last.logprobs, *event.logprobs], event.num_cached_tokens
+                [*last.token_ids, *event.token_ids],
+                [*last.logprobs, *event.logprobs],
+                event.num_cached_tokens,
+                last.prompt_logprobs,
             )
             self._events.pop()
         self._events.append(event)
 
-    def _note_placement(self, placement: Placement) -> None:
+    def _note_placement(self, placement: Placement, began_at: float) -> None:
         self.placement = placement
+        self.record.timeline.mark(
+            "place",
+            began_at,
+            terms=placement.best,
+            candidates=len(placement.candidates),
+        )
         self._placed_at = self._loop.time()
         if not self.record.routes:
             self._planner.log.add(self.record)
@@ -295,6 +322,8 @@ class RoutedGeneration:
     def _finish(self, failure: RelevoError | None) -> None:
         """Nothing more comes from workers; `failure` is raised after the events that are there already."""
         self._is_over = True
+        if failure is not None:
+            self.record.timeline.error = type(failure).__name__
         self._over.set()
         self._failure = failure
         self.record.note_end(failure.message if failure is not None else "closed")
@@ -331,4 +360,5 @@ def _continued(request: messages_pb2.GenerationRequest, token_ids: Sequence[int]
     continued.CopyFrom(request)
     continued.prompt_token_ids.extend(token_ids)
     continued.num_output_tokens += len(token_ids)
+    continued.sampling.ClearField("prompt_logprobs")  # they came before the first token
     return continued

@@ -9,18 +9,21 @@ from typing import Any, Protocol
 from relevo.core.request import FinishReason
 from services.pb import messages_pb2
 from services.router.route_log import RouteRecord
+from services.router.timeline import Timeline
 
 
 @dataclass(frozen=True, slots=True)
 class TokensEvent:
     """Output tokens, in order. logprobs: empty, or one a token.
 
+    prompt_logprobs: with the first tokens, if asked for: of every token of the prompt but the first
     num_cached_tokens: as in EndEvent, if it is known already: a request that a stop string ends gets no EndEvent
     """
 
     token_ids: Sequence[int]
     logprobs: Sequence[messages_pb2.TokenLogprobs] = ()
     num_cached_tokens: int | None = None
+    prompt_logprobs: Sequence[messages_pb2.TokenLogprobs] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +44,11 @@ class Generation(Protocol):
     before any token or after some. It is the last thing that iteration does then.
 
     on_accepted: called once, inside iteration, when a worker has taken the request on: Exhausted does not follow
+    timeline: where it notes what becomes of it; may be replaced before the first `__anext__`
     """
 
     on_accepted: Callable[[], None] | None
+    timeline: Timeline
 
     def __aiter__(self) -> Generation: ...
 
@@ -75,7 +80,8 @@ class Dispatcher(Protocol):
         """None until some worker was seen."""
 
     def explain(self, request_id: str) -> Sequence[Mapping[str, Any]]:
-        """Generation.explain of the request, or of those named REQUEST_ID-0, -1, …; empty if too long ago, or never."""
+        """Generation.explain of the request, or of those named REQUEST_ID-0, -1, …, with their timelines; empty if too
+        long ago, or never."""
 
     def records(self) -> Collection[RouteRecord]:
         """The last requests that were placed, the oldest first; some may be on their way."""

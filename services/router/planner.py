@@ -23,10 +23,15 @@ class Planner:
     log: RouteLog
     predictions: Predictions
 
-    async def place(self, prompt: Prompt, num_tokens: int, without: Collection[str], now: float) -> Placement | None:
-        """without: incarnations of decode workers that have refused. now: on the event loop's clock."""
+    async def place(
+        self, prompt: Prompt, num_tokens: int, without: Collection[str], now: float, *, whole: bool = False
+    ) -> Placement | None:
+        """without: incarnations of decode workers that have refused. now: on the event loop's clock.
+
+        whole: decode has to compute all of the prompt, whatever is cached: for its logits
+        """
         fleet = self.fleet
-        prefills = fleet.candidates(PREFILL)
+        prefills = [] if whole else fleet.candidates(PREFILL)
         decodes = [
             worker for worker in fleet.candidates(DECODE) if worker.info and worker.info.incarnation not in without
         ]
@@ -38,7 +43,7 @@ class Planner:
             for worker in workers:
                 if not worker.is_connected or worker.info is None:
                     continue  # lost while the prompt was hashed
-                hashes = prompt.hashes(worker.info)
+                hashes = [] if whole else prompt.hashes(worker.info)
                 if id(hashes) not in known:
                     held = fleet.index.lookup(hashes)
                     known[id(hashes)] = held, AgentBlocks(held)

@@ -12,6 +12,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Histogram
 
 from relevo.core.placement import Placement
+from services.router.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class RouteRecord:
     num_prompt_tokens: int
     placed_at: float = field(default_factory=time.time)
     routes: list[Route] = field(default_factory=list)
+    timeline: Timeline = field(default_factory=Timeline)
     num_output_tokens: int = 0
     started: float = field(default_factory=time.perf_counter)
     first_token_at: float | None = None

@@ -20,10 +20,20 @@ from relevo.core.errors import RelevoError, Unavailable
 from relevo.core.request import FinishReason
 from relevo.core.worker_load import PromptWork, WorkerLoad
 from services.pb import decode_pb2, messages_pb2, prefill_pb2
-from services.router.attempt import Event, Job, decode_events, end_event, tokens_event
+from services.router.attempt import (
+    Event,
+    Job,
+    decode_events,
+    end_event,
+    note_decode,
+    note_ended,
+    note_tokens,
+    tokens_event,
+)
 from services.router.connection import WorkerConnection
 from services.router.generation import EndEvent
 from services.router.request_stream import Update, WorkerCall
+from services.router.timeline import WorkerTimes
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +63,8 @@ class SplitAttempt:
         )
         self._decode_call: WorkerCall | None = None
         self._prefill_call: WorkerCall | None = None
+        self._decode_times: WorkerTimes | None = None
+        self._prefill_times: WorkerTimes | None = None
         self._plan: WorkerLoad[messages_pb2.Load] | None = None  # where this counts before it is submitted
         self._awaits_prefill = False  # submitted there, and neither Ended nor given up
         self._first_token_id: int | None = None
@@ -69,6 +81,7 @@ class SplitAttempt:
         command.submit.request.timeout_ms = self._job.time_left_ms()
         # Its blocks are not expected there: another prompt would not wait for their transfer, but compute them.
         work = replace(self._work, num_uncached_tokens=0, hashes=())
+        self._decode_times = self._job.timeline.at_worker("decode", self._ticket.decode_worker_id)
         self._decode_call = self._decode.submit(command, self._job.inbox, work)
         # Prefill gets it when decode has accepted. Those that are placed until then must know that it will.
         self._plan = self._prefill.load
@@ -92,6 +105,8 @@ class SplitAttempt:
                 call.cancel()
 
     def _on_decode(self, update: decode_pb2.DecodeUpdate) -> Sequence[Event]:
+        assert self._decode_times is not None
+        note_decode(self._decode_times, update)
         kind = update.WhichOneof("update")
         if kind == "accepted":
             self._start_prefill(update.accepted.num_cached_blocks)
@@ -121,6 +136,7 @@ class SplitAttempt:
         if self._source is not None:
             command.submit.source_agent_address, command.submit.num_blocks_at_source = self._source
         try:
+            self._prefill_times = self._job.timeline.at_worker("prefill", self._ticket.prefill_worker_id)
             self._prefill_call = self._prefill.submit(command, self._job.inbox, self._work)
         except Unavailable as error:
             self._go_on_without_prefill(error)
@@ -128,16 +144,19 @@ class SplitAttempt:
             self._awaits_prefill = True
 
     def _on_prefill(self, update: prefill_pb2.PrefillUpdate) -> Sequence[Event]:
+        assert self._prefill_times is not None
         match update.WhichOneof("update"):
             case "announced":
                 fetch = decode_pb2.FetchKv(source_agent_address=update.announced.agent_address)
                 self._tell_decode(decode_pb2.DecodeCommand(fetch_kv=fetch))
             case "first_token" if self._first_token_id is None:
                 self._first_token_id = update.first_token.token_ids[0]
+                note_tokens(self._prefill_times, update.first_token)
                 first = decode_pb2.FirstToken(token_id=self._first_token_id)
                 self._tell_decode(decode_pb2.DecodeCommand(first_token=first))
                 return (tokens_event(update.first_token, self._num_cached_tokens),)
             case "ended":
+                note_ended(self._prefill_times, update.ended)
                 return self._on_prefill_ended(update.ended)
         return ()
 

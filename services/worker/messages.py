@@ -48,27 +48,33 @@ def sampling_from_pb(message: pb.SamplingParams, *, max_tokens: int | None = Non
         allowed_token_ids=tuple(message.allowed_token_ids) or None,
         bad_words_token_ids=tuple(tuple(word.token_ids) for word in message.bad_words),
         logprob_token_ids=tuple(message.logprob_token_ids),
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
         structured_outputs=structured_outputs_from_proto(message),
     )
 
 
-def tokens_to_pb(tokens: NewTokens) -> pb.Tokens:
-    return pb.Tokens(token_ids=tokens.token_ids, logprobs=_logprobs_to_pb(tokens.logprobs))
+def tokens_to_pb(tokens: NewTokens, stages: pb.Stages | None = None) -> pb.Tokens:
+    return pb.Tokens(token_ids=tokens.token_ids, logprobs=logprobs_to_pb(tokens.logprobs), stages=stages)
 
 
 def finished(
-    reason: FinishReason, num_cached_tokens: int, num_draft_tokens: int = 0, num_accepted_tokens: int = 0
+    reason: FinishReason,
+    num_cached_tokens: int,
+    stages: pb.Stages | None = None,
+    num_draft_tokens: int = 0,
+    num_accepted_tokens: int = 0,
 ) -> pb.Ended:
     return pb.Ended(
         finish_reason=_FINISH_REASONS[reason],
         num_cached_tokens=num_cached_tokens,
         num_draft_tokens=num_draft_tokens,
         num_accepted_tokens=num_accepted_tokens,
+        stages=stages,
     )
 
 
-def failed(error: RelevoError, num_cached_tokens: int = 0) -> pb.Ended:
-    return pb.Ended(error=error_to_proto(error), num_cached_tokens=num_cached_tokens)
+def failed(error: RelevoError, num_cached_tokens: int = 0, stages: pb.Stages | None = None) -> pb.Ended:
+    return pb.Ended(error=error_to_proto(error), num_cached_tokens=num_cached_tokens, stages=stages)
 
 
 def first_error(group: BaseExceptionGroup[RelevoError]) -> RelevoError:
@@ -91,7 +97,7 @@ def load_to_pb(load: EngineLoad, transfer_bytes_per_second: float) -> pb.Load:
     )
 
 
-def _logprobs_to_pb(logprobs: Sequence[TokenLogprobs]) -> list[pb.TokenLogprobs]:
+def logprobs_to_pb(logprobs: Sequence[TokenLogprobs]) -> list[pb.TokenLogprobs]:
     return [
         pb.TokenLogprobs(
             chosen=pb.Logprob(token_id=entry.chosen.token_id, logprob=entry.chosen.logprob, rank=entry.chosen.rank),

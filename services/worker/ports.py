@@ -13,7 +13,7 @@ from relevo.core.errors import RelevoError
 from relevo.core.request import Request
 from relevo.core.sampling_params import SamplingParams
 from relevo.engine.config import EngineInfo
-from relevo.engine.step_result import Computed, EndedRequest, NewTokens, Reserved, StepResult
+from relevo.engine.step_result import Chunk, Computed, EndedRequest, NewTokens, PromptLogprobs, Reserved, StepResult
 
 
 class KVCachePort(Protocol):
@@ -64,7 +64,7 @@ class Admitted:
     request_id: str
 
 
-Event = Admitted | Reserved | Computed | NewTokens | EndedRequest
+Event = Admitted | Reserved | Chunk | Computed | PromptLogprobs | NewTokens | EndedRequest
 
 
 class Listener(Protocol):

@@ -53,7 +53,8 @@ class Receiving:
         self, receiver: BlockReceiver, names: Sequence[BlockHash], block_ids: Sequence[int], source_address: str
     ) -> None:
         self.num_contiguous = 0
-        self.last_arrival = time.monotonic()
+        self.began_at = self.last_arrival = time.monotonic()
+        self.transport = ""  # over which they came
         self._receiver = receiver
         self._names = names
         self._block_ids = block_ids
@@ -79,6 +80,7 @@ class Receiving:
                     if self.num_contiguous >= self._limit:
                         break
                 receiver.transfers.came_over_link(fetch.link_bytes_per_second)
+                self.transport = fetch.transport
         except RelevoError as error:
             self._limit = self.num_contiguous
             logger.warning("KV blocks did not come (%s): they are computed here", error.message)

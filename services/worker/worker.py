@@ -40,6 +40,7 @@ class Worker:
     Belongs to one loop. run() must be running, start() called, before requests come.
 
     on_stored: called with the names that a step has put into the pool
+    step_began_at, step_ended_at: of the step whose results are being told, on the clock of time.monotonic
     """
 
     def __init__(self, settings: WorkerSettings, engine: EnginePort, make_thread: MakeEngineThread) -> None:
@@ -52,6 +53,7 @@ class Worker:
         self.load = Load(num_free_blocks=engine.info.num_blocks)
         self.block_events = BlockEvents(self._load_now)
         self.num_registered = 0
+        self.step_began_at = self.step_ended_at = 0.0
         self._listeners: dict[str, Listener] = {}
         self._waiting: set[str] = set()  # of _listeners: those that have no blocks yet
         self._sessions: set[Stream] = set()
@@ -155,6 +157,7 @@ class Worker:
     # --- Steps ----------------------------------------------------------------------------------------------------
 
     def _on_step(self, result: StepResult) -> None:
+        self.step_began_at, self.step_ended_at = result.began_at, result.ended_at
         self.load = load_to_pb(result.load, self.transfers.bytes_per_second)
         self.speculation = result.load.speculation or self.speculation
         self.load.draining = self._draining
@@ -165,7 +168,14 @@ class Worker:
         for request_id in result.admitted:
             self._tell(Admitted(request_id))
         # In the order of a request's life: its last step computes, samples and ends.
-        for events in (result.reserved, result.computed, result.tokens, result.ended):
+        for events in (
+            result.reserved,
+            result.chunks,
+            result.computed,
+            result.prompt_logprobs,
+            result.tokens,
+            result.ended,
+        ):
             for event in events:
                 self._tell(event)
 

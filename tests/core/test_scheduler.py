@@ -309,3 +309,45 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+
+
+def test_same_prompts_hold_its_full_blocks_once() -> None:
+    """Those behind the first wait until its blocks are named, and compute no more than the partial last one."""
+    scheduler = make_scheduler(num_blocks=32, max_num_seqs=8, max_num_batched_tokens=8)
+    prompt = list(range(1, 19))  # four blocks and a half
+    for index in range(4):
+        scheduler.add(make_request(f"r{index}", prompt, max_tokens=3))
+    scheduler.add(make_request("other", [50, 51, 52], max_tokens=3))  # waits for nobody
+    computed = 0
+    for step in range(20):
+        output = scheduler.schedule()
+        names = [entry.request.request_id for entry in output.scheduled]
+        if step < 2:
+            assert not {"r1", "r2", "r3"} & set(names)
+        computed += output.num_scheduled_tokens
+        scheduler.update(output, {e.request.request_id: [7] for e in output.scheduled if e.samples})
+        scheduler.check()
+        if len(scheduler.running) == 4:
+            held = {block_id for request in scheduler.running for block_id in request.block_ids}
+            assert len(held) <= 4 + 4 + 1
+    assert not scheduler.running and not scheduler.waiting
+    assert computed == 18 + 3 * 2 + 3 + 5 * 2  # the prompt, its end for three, the other, outputs
+
+
+def test_who_waits_for_anothers_blocks_goes_on_when_that_one_is_gone() -> None:
+    scheduler = make_scheduler(num_blocks=32, max_num_seqs=8, max_num_batched_tokens=8)
+    prompt = list(range(1, 19))
+    scheduler.add(make_request("first", prompt, await_kv=True))
+    scheduler.add(make_request("second", prompt, await_kv=True))
+    scheduler.add(make_request("third", prompt))
+    assert [request.request_id for request in scheduler.schedule().reserved] == ["first"]
+    assert not scheduler.schedule().scheduled
+    scheduler.abort("first")
+    assert [request.request_id for request in scheduler.schedule().reserved] == ["second"]
+    assert not scheduler.schedule().scheduled
+    scheduler.resume("second", 16, [])
+    output = scheduler.schedule()
+    assert sorted(e.request.request_id for e in output.scheduled) == ["second", "third"]
+    assert [request.num_cached_tokens for request in output.admitted] == [16]
+    assert output.num_scheduled_tokens == 4
+    scheduler.check()

@@ -338,6 +338,21 @@ def test_chat_command_answers_what_is_piped_in(split: Serve) -> None:
     assert result.stdout.strip() == reply.choices[0].message.content.strip()
 
 
+def test_top_shows_what_runs_and_what_was_asked(split: Serve) -> None:
+    command = [sys.executable, "-m", "relevo.cli", "top", "--url", split.url]
+    answer = split.client.completions.create(
+        model=MODEL, prompt=LONG_PROMPT, max_tokens=5, extra_body={"ignore_eos": True}
+    )
+    result = subprocess.run([*command, "--once"], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    first_words = [line.split()[:3] for line in result.stdout.splitlines()]
+    for name in ("prefill-0", "decode-0"):
+        assert [name, name.partition("-")[0], "ready"] in first_words
+    [request] = [line.split() for line in result.stdout.splitlines() if line.startswith(answer.id)]
+    assert answer.usage is not None
+    assert {f"{answer.usage.prompt_tokens:,}", "5", "length"} <= set(request)
+
+
 def test_aggregated_has_no_prefill_and_answers_the_same(split: Serve, tmp_path: Path) -> None:
     """Its options come from a file."""
     config = tmp_path / "relevo.yaml"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from relevo.core.request import FinishReason, Request
 from relevo.core.sampling_params import SamplingParams
 from relevo.core.scheduler import Scheduler, SchedulerConfig
 from relevo.engine.config import EngineInfo
-from relevo.engine.step_result import Computed, EndedRequest, EngineLoad, NewTokens, Reserved, StepResult
+from relevo.engine.step_result import Chunk, Computed, EndedRequest, EngineLoad, NewTokens, Reserved, StepResult
 from tests.support.builders import FINGERPRINT
 
 VOCAB_SIZE = 1000
@@ -127,8 +128,10 @@ class FakeEngine:
             self._cancelled.append(EndedRequest(request_id, FinishReason.CANCELLED, request.num_cached_tokens))
 
     def step(self) -> StepResult:
+        began_at = time.monotonic()
         scheduler = self.scheduler
         output = scheduler.schedule()
+        chunks = [Chunk(e.request.request_id, e.num_scheduled_tokens) for e in output.scheduled]
         for entry in output.scheduled:
             self._compute(entry.request, entry.num_scheduled_tokens)
         sampled = {e.request.request_id: next_token(e.request.token_ids) for e in output.scheduled if e.samples}
@@ -154,6 +157,9 @@ class FakeEngine:
             stored=stored,
             removed=removed,
             num_scheduled_tokens=output.num_scheduled_tokens,
+            chunks=chunks,
+            began_at=began_at,
+            ended_at=time.monotonic(),
         )
 
     def _compute(self, request: Request, num_tokens: int) -> None:

@@ -26,13 +26,17 @@ SPLIT_WHENEVER_POSSIBLE = CostModel(slowdown_weight=1e6)
 
 @dataclass(frozen=True)
 class Answer:
-    """logprobs: empty, or one a token. was_split: where it was placed at last."""
+    """logprobs: empty, or one a token. was_split: where it was placed at last.
+
+    prompt_logprobs: of the prompt's tokens but the first, if asked for
+    """
 
     token_ids: list[int]
     logprobs: list[messages_pb2.TokenLogprobs]
     finish_reason: FinishReason
     was_split: bool
     num_tries: int
+    prompt_logprobs: list[messages_pb2.TokenLogprobs]
 
 
 class Router:
@@ -57,6 +61,7 @@ class Router:
         generation = self._dispatcher.generate(request)
         token_ids: list[int] = []
         logprobs: list[messages_pb2.TokenLogprobs] = []
+        prompt_logprobs: list[messages_pb2.TokenLogprobs] = []
         end: EndEvent | None = None
         async for event in generation:
             assert end is None, "something follows the end"
@@ -66,6 +71,7 @@ class Router:
                 self.num_tokens += len(event.token_ids)
                 token_ids += event.token_ids
                 logprobs += event.logprobs
+                prompt_logprobs += event.prompt_logprobs
         assert end is not None and generation.placement is not None
         return Answer(
             token_ids,
@@ -73,6 +79,7 @@ class Router:
             end.finish_reason,
             generation.placement.best.prefill is not None,
             len(generation.record.routes),
+            prompt_logprobs,
         )
 
     async def generate_all(

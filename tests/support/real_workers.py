@@ -46,6 +46,7 @@ class RealWorker:
         self.num_steps = 0  # that computed something
         self.num_computed_tokens = 0
         self.num_preemptions = 0
+        self.most_blocks = 0  # held at once
         self.is_held = False
         self._process = process
         self._hold_at: int | None = None
@@ -80,6 +81,7 @@ class RealWorker:
             assert self._let_go.wait(TIMEOUT_SECONDS)
             self.is_held = False
         result = self._step()
+        self.most_blocks = max(self.most_blocks, self.engine.info.num_blocks - result.load.num_free_blocks)
         self.num_steps += result.num_scheduled_tokens > 0
         self.num_computed_tokens += result.num_scheduled_tokens
         return result

@@ -147,6 +147,8 @@ class Speculator:
         return self._counter.stats()
 
     def _limit(self, request: Request) -> int:
+        if request.sampling.use_beam_search:
+            return 0
         own = request.sampling.num_speculative_tokens
         limit = self.max_drafts if own is None else min(own, self.max_drafts)
         return min(limit, request.max_tokens - request.num_output_tokens - 1)

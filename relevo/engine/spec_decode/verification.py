@@ -42,6 +42,7 @@ def accept(draft_token_ids: Sequence[int], drawn: Sequence[Sampled]) -> list[Sam
     for at, token in enumerate(drawn):
         if isinstance(token, RelevoError):
             return taken or token
+        assert isinstance(token, SampledToken), "a beam search has no drafts, and is not to be asked"
         taken.append(token)
         if at == len(draft_token_ids) or draft_token_ids[at] != token.token_id:
             break

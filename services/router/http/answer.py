@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 
 from services.pb import messages_pb2
 from services.router.http.choice import Choice, Delta
+from services.router.http.prompt_logprobs import PromptEntries
 
 
 class PromptTokensDetails(TypedDict):
@@ -44,12 +45,15 @@ class Answer:
     logprobs: list[messages_pb2.TokenLogprobs] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    prompt_logprobs: PromptEntries | None = None
 
     def add(self, delta: Delta) -> None:
         self.texts.append(delta.text)
         self.logprobs.extend(delta.logprobs)
         self.token_ids.extend(delta.token_ids)
         self.finish_reason = delta.finish_reason
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
 
     @property
     def text(self) -> str:

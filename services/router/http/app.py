@@ -35,6 +35,7 @@ from services.router.http.metrics import EdgeMetrics
 from services.router.http.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from services.router.http.serving import EdgeConfig, Serving, check_prompt, run_long
 from services.router.http.structure import MAX_PENDING_GRAMMARS, StructureChecker
+from services.router.tracing import Tracer
 
 __all__ = ["EdgeConfig", "create_app"]
 
@@ -75,12 +76,14 @@ def create_app(
     registry: CollectorRegistry | None = None,
     limiter: Limiter | None = None,
     live: LiveView | None = None,
+    tracer: Tracer | None = None,
 ) -> ASGIApp:
     """The ASGI app.
 
     registry: what /metrics shows; the app adds its own to it
     limiter: counts what API keys with limits do; None: in this process
     live: what /debug/fleet shows; without somebody who runs it there is no history and no stream
+    tracer: exports traces; None: none are
     """
     metrics = EdgeMetrics(CollectorRegistry() if registry is None else registry)
     admission = Admission(dispatcher, config.admission, metrics.registry)
@@ -113,6 +116,7 @@ def create_app(
         metrics,
         salt_by_api_key=config.salt_by_api_key,
         limiter=limiter,
+        tracer=tracer,
     )
     if config.cors_origins:  # outside the layer that asks for keys: a browser asks first whether it may, without one
         app = CORSMiddleware(

@@ -6,6 +6,7 @@ the handler's signature is what we keep of it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar, get_type_hints
 
@@ -16,6 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from relevo.core.errors import Cancelled, InvalidRequest, PayloadTooLarge
+from services.router.http.exchange import Exchange
 from services.router.http.protocol import RequestBody
 
 Body = TypeVar("Body", bound=RequestBody)
@@ -40,7 +42,9 @@ def body_handler(
     model: type[RequestBody] = get_type_hints(endpoint)["body"]
 
     async def handle(request: Request) -> Response:
-        body = parse_body(await read_body(request, max_body_bytes), model)
+        raw = await read_body(request, max_body_bytes)
+        Exchange.of(request.scope).received = time.perf_counter()
+        body = parse_body(raw, model)
         response = await endpoint(request, body)
         assert isinstance(response, Response)
         return response

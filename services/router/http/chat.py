@@ -13,6 +13,7 @@ from services.router.http.answer import Answer, AnswerHead, Usage
 from services.router.http.choice import Choice, Delta
 from services.router.http.exchange import Exchange
 from services.router.http.logprobs import ChatLogprobs, TokenNames, chat_logprobs
+from services.router.http.prompt_logprobs import ShownLogprobs, show_prompt_logprobs
 from services.router.http.protocol import ChatRequest
 from services.router.http.sampling import TokenLimit, make_sampling
 from services.router.http.serving import Prompt, Serving, run_long
@@ -34,7 +35,7 @@ class ChatChoice(TypedDict):
 
 
 class ChatReply(TypedDict):
-    """prompt_token_ids, and the choices' token_ids: with return_token_ids"""
+    """prompt_token_ids, and the choices' token_ids: with return_token_ids. prompt_logprobs: if asked for"""
 
     id: str
     object: Literal["chat.completion"]
@@ -43,6 +44,7 @@ class ChatReply(TypedDict):
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[ShownLogprobs]
 
 
 class MessageDelta(TypedDict):
@@ -61,7 +63,7 @@ class ChatChunkChoice(TypedDict):
 class ChatChunk(TypedDict):
     """usage: null until the last event, and only there if stream_options.include_usage asks for it
 
-    prompt_token_ids: in the first event, with return_token_ids
+    prompt_token_ids, prompt_logprobs: in the first event, if asked for
     """
 
     id: str
@@ -71,6 +73,7 @@ class ChatChunk(TypedDict):
     choices: list[ChatChunkChoice]
     usage: NotRequired[Usage | None]
     prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[ShownLogprobs]
 
 
 async def create_chat_completion(serving: Serving, exchange: Exchange, body: ChatRequest) -> GenerationResponse:
@@ -78,7 +81,9 @@ async def create_chat_completion(serving: Serving, exchange: Exchange, body: Cha
     newer = body.max_completion_tokens
     max_tokens = body.max_tokens if newer is None else newer
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    sampling = make_sampling(body, serving.defaults, max_tokens=max_tokens, logprobs=logprobs)
+    sampling = make_sampling(
+        body, serving.defaults, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=body.prompt_logprobs
+    )
     await serving.structure.check(sampling.structured_outputs, body)
     text = render_chat(serving, body.messages, body.add_generation_prompt, body.chat_template_kwargs)
     prompt = await run_long(
@@ -134,6 +139,7 @@ class ChatPayloads:
         self._names = TokenNames(serving.tokenizer, as_ids=body.return_tokens_as_token_ids)
         self._with_token_ids = body.return_token_ids
         self._with_logprobs = body.logprobs
+        self._prompt_logprobs = body.prompt_logprobs
         self._include_usage = body.include_usage
         self._begun: set[int] = set()  # choices whose role was told
 
@@ -158,6 +164,10 @@ class ChatPayloads:
                 last["token_ids"] = list(delta.token_ids)
         if chunks and is_first and self._with_token_ids:
             chunks[0]["prompt_token_ids"] = self._prompt.token_ids
+        if chunks and is_first and self._prompt_logprobs is not None and delta.prompt_logprobs is not None:
+            chunks[0]["prompt_logprobs"] = show_prompt_logprobs(
+                self._names, delta.prompt_logprobs, self._prompt_logprobs
+            )
         return list[Mapping[str, Any]](chunks)
 
     def usage_chunk(self, usage: Usage) -> Mapping[str, Any]:
@@ -174,6 +184,9 @@ class ChatPayloads:
         }
         if self._with_token_ids:
             reply["prompt_token_ids"] = self._prompt.token_ids
+        entries = answers[0].prompt_logprobs
+        if self._prompt_logprobs is not None and entries is not None:
+            reply["prompt_logprobs"] = show_prompt_logprobs(self._names, entries, self._prompt_logprobs)
         return reply
 
     def _choice(self, answer: Answer) -> ChatChoice:

@@ -14,6 +14,7 @@ from services.router.http.answer import Answer, AnswerHead, Usage
 from services.router.http.choice import Choice, Delta
 from services.router.http.exchange import Exchange
 from services.router.http.logprobs import CompletionLogprobs, TextOffsets, TokenNames, completion_logprobs
+from services.router.http.prompt_logprobs import ShownLogprobs, cut_top, show_prompt_logprobs
 from services.router.http.protocol import CompletionRequest
 from services.router.http.protocol import Prompt as GivenPrompt
 from services.router.http.sampling import TokenLimit, make_sampling
@@ -24,7 +25,7 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
 class CompletionChoice(TypedDict):
-    """token_ids, prompt_token_ids: with return_token_ids; the prompt's once for each choice of a stream"""
+    """token_ids, prompt_token_ids: with return_token_ids. What is the prompt's is in a choice's first event."""
 
     index: int
     text: str
@@ -32,6 +33,7 @@ class CompletionChoice(TypedDict):
     finish_reason: str | None
     token_ids: NotRequired[list[int]]
     prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[ShownLogprobs]
 
 
 class CompletionReply(TypedDict):
@@ -48,14 +50,22 @@ class CompletionReply(TypedDict):
 async def create_completion(serving: Serving, exchange: Exchange, body: CompletionRequest) -> GenerationResponse:
     head = AnswerHead(f"cmpl-{secrets.token_hex(16)}", serving.model_name(body.model))
     default = serving.defaults.max_tokens or DEFAULT_MAX_TOKENS
-    sampling = make_sampling(body, serving.defaults, max_tokens=body.max_tokens, logprobs=body.logprobs)
+    max_tokens = 1 if body.asks_for_prompt_alone else body.max_tokens
+    wanted = (body.prompt_logprobs, body.logprobs if body.echo else None)
+    sampling = make_sampling(
+        body,
+        serving.defaults,
+        max_tokens=max_tokens,
+        logprobs=body.logprobs,
+        prompt_logprobs=max((count for count in wanted if count is not None), default=None),
+    )
     await serving.structure.check(sampling.structured_outputs, body)
     serving.check_num_choices(len(body.prompt), body.n)
     prompts = await run_long(
         sum(map(len, body.prompt)), lambda: [_read_prompt(serving, given, body, sampling) for given in body.prompt]
     )
     payloads = CompletionPayloads(serving, head, body, prompts)
-    limit = TokenLimit(body.max_tokens, default, prompt_param="prompt")
+    limit = TokenLimit(max_tokens, default, prompt_param="prompt", prompt_alone=body.asks_for_prompt_alone)
     return serving.generate(exchange, head.id, prompts, body, sampling, limit, payloads)
 
 
@@ -83,7 +93,9 @@ class CompletionPayloads:
         self._prompts = prompts
         self._with_token_ids = body.return_token_ids
         self._skip_special_tokens = body.skip_special_tokens
-        self._with_logprobs = body.logprobs is not None
+        self._logprobs = body.logprobs
+        self._prompt_logprobs = body.prompt_logprobs
+        self._echo = body.echo
         self._include_usage = body.include_usage
         # The text that each prompt's choices begin with.
         self._echoes = [prompt.text if body.echo else "" for prompt in prompts]
@@ -93,7 +105,7 @@ class CompletionPayloads:
         text = delta.text
         if choice.index not in self._offsets:
             text = self._echoes[choice.prompt_index] + text
-        shows_tokens = self._with_token_ids or (self._with_logprobs and delta.logprobs)
+        shows_tokens = self._with_token_ids or (self._logprobs is not None and delta.logprobs)
         if not text and not (shows_tokens and delta.token_ids) and delta.finish_reason is None:
             return []
         reply = self._reply([self._choice(choice, text, delta)])
@@ -129,11 +141,18 @@ class CompletionPayloads:
         shown: CompletionChoice = {
             "index": choice.index,
             "text": text,
-            "logprobs": completion_logprobs(self._names, offsets, part.logprobs) if self._with_logprobs else None,
+            "logprobs": None,
             "finish_reason": part.finish_reason,
         }
+        prompt = self._prompts[choice.prompt_index].token_ids
+        entries = part.prompt_logprobs
+        if self._logprobs is not None:
+            echoed = (prompt[0], cut_top(entries, self._logprobs)) if self._echo and entries is not None else None
+            shown["logprobs"] = completion_logprobs(self._names, offsets, part.logprobs, echoed)
+        if self._prompt_logprobs is not None and entries is not None:
+            shown["prompt_logprobs"] = show_prompt_logprobs(self._names, entries, self._prompt_logprobs)
         if self._with_token_ids:
             shown["token_ids"] = list(part.token_ids)
             if is_first:
-                shown["prompt_token_ids"] = self._prompts[choice.prompt_index].token_ids
+                shown["prompt_token_ids"] = prompt
         return shown

@@ -17,11 +17,14 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from relevo.core.errors import InvalidRequest, RelevoError, Unauthenticated
+from services.common.telemetry import trace_id
 from services.router.admission import Standing
 from services.router.http.errors import error_response, internal_error
 from services.router.http.keys import ApiKey, KeyRing
 from services.router.http.limits import Limiter, LocalLimiter, Permit
 from services.router.http.metrics import EdgeMetrics
+from services.router.timeline import Timeline
+from services.router.tracing import TraceContext, Tracer, read_traceparent
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +33,7 @@ MAX_REQUEST_ID_CHARS = 128
 MAX_TIMEOUT_MS = 2**31 - 1
 OPEN_PATHS = frozenset({"/health", "/ui"})  # the page itself has no data: it asks for the key, and comes with it
 _OPEN_FOLDER = "/ui/"
+TIMINGS_HEADER = b"x-relevo-timings"
 
 _SCOPE_KEY = "relevo.exchange"
 
@@ -38,8 +42,11 @@ _SCOPE_KEY = "relevo.exchange"
 class Exchange:
     """One request and its answer.
 
-    arrived: seconds, on the clock of time.perf_counter
+    arrived: seconds, on the clock of time.perf_counter; received: when its body was there
     explains: the client asks why its request goes where it goes
+    trace: None unless there is a tracer, or the client has sent a traceparent
+    tells_timings: the client asks where its time went
+    timelines: of its choices
     client: the API key it came with; None where keys are not asked for
     key_salt: goes before the request's own cache_salt; "" = blocks are shared between API keys
     outcome: the status that is counted; differs from the one sent if a stream fails half way or its client leaves
@@ -52,6 +59,10 @@ class Exchange:
     client: ApiKey | None = None
     key_salt: str = ""
     arrived: float = field(default_factory=time.perf_counter)
+    received: float | None = None
+    trace: TraceContext | None = None
+    tells_timings: bool = False
+    timelines: list[Timeline] = field(default_factory=list)
     started: bool = False
     outcome: int = CLIENT_LEFT
 
@@ -92,13 +103,18 @@ class ExchangeLayer:
         *,
         salt_by_api_key: bool = False,
         limiter: Limiter | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
-        """keys: None = open to everybody. limiter: counts what keys with limits do; None: in this process."""
+        """keys: None = open to everybody. tracer: None = nothing is exported.
+
+        limiter: counts what keys with limits do; None: in this process
+        """
         self._api = api
         self._keys = keys
         self._salt_by_api_key = salt_by_api_key
         self._limiter = LocalLimiter() if limiter is None else limiter
         self._metrics = metrics
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -106,12 +122,15 @@ class ExchangeLayer:
             return
         exchange = Exchange(_request_id(scope), send)
         scope[_SCOPE_KEY] = exchange
+        exchange.trace = self._trace(scope)
+        if exchange.trace is not None:
+            trace_id.set(f"{exchange.trace.trace_id:032x}")
 
         async def send_head(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.started = True
                 exchange.outcome = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", exchange.request_id.encode())]
+                message["headers"] = [*message.get("headers", ()), *self._headers(exchange)]
             await send(message)
 
         permit: Permit | None = None
@@ -120,6 +139,7 @@ class ExchangeLayer:
                 permit = await self._let_in(self._keys, exchange, scope)
             exchange.timeout_ms = _timeout_ms(scope)
             exchange.explains = _header(scope, b"x-relevo-explain") == b"1"
+            exchange.tells_timings = _header(scope, TIMINGS_HEADER) == b"1"
             await self._api(scope, receive, send_head)
         except RelevoError as error:
             await error_response(error)(scope, receive, send_head)
@@ -137,6 +157,25 @@ class ExchangeLayer:
             if exchange.client is not None:
                 self._metrics.count_client(exchange.client.name, exchange.outcome)
             _log(exchange, endpoint)
+            if self._tracer is not None and exchange.trace is not None:
+                self._tracer.ended(exchange.trace, endpoint, exchange.arrived, exchange.outcome, exchange.timelines)
+
+    def _trace(self, scope: Scope) -> TraceContext | None:
+        header = _header(scope, b"traceparent")
+        if scope["method"] != "POST" or (header is None and self._tracer is None):
+            return None
+        return read_traceparent(header)
+
+    def _headers(self, exchange: Exchange) -> list[tuple[bytes, bytes]]:
+        headers = [(b"x-request-id", exchange.request_id.encode())]
+        if exchange.trace is not None:
+            headers.append((b"traceparent", self.traceparent(exchange.trace).encode()))
+        return headers
+
+    def traceparent(self, trace: TraceContext) -> str:
+        """What the client and the workers are told."""
+        is_sampled = trace.is_asked if self._tracer is None else self._tracer.is_sampled(trace)
+        return trace.traceparent(is_sampled=is_sampled)
 
     async def _let_in(self, keys: KeyRing, exchange: Exchange, scope: Scope) -> Permit | None:
         """Find out whose request it is. Raises Unauthenticated; Exhausted if its key may not send another one now."""

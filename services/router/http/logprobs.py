@@ -76,18 +76,34 @@ class TextOffsets:
 
 
 def completion_logprobs(
-    names: TokenNames, offsets: TextOffsets, entries: Sequence[messages_pb2.TokenLogprobs]
+    names: TokenNames,
+    offsets: TextOffsets,
+    entries: Sequence[messages_pb2.TokenLogprobs],
+    echoed: tuple[int, Sequence[messages_pb2.TokenLogprobs]] | None = None,
 ) -> CompletionLogprobs:
-    """top_logprobs has the chosen token always, so it may hold one more than was asked for."""
+    """top_logprobs has the chosen token always, so it may hold one more than was asked for.
+
+    echoed: the prompt's first token, which has no logprob, and the entries of its others
+    """
+    if echoed is not None:
+        token_id, prompt_entries = echoed
+        offset = offsets.next(token_id)
+        rest = completion_logprobs(names, offsets, [*prompt_entries, *entries])
+        return {
+            "tokens": [names.text(token_id), *rest["tokens"]],
+            "token_logprobs": [None, *rest["token_logprobs"]],
+            "top_logprobs": [None, *rest["top_logprobs"]],
+            "text_offset": [offset, *rest["text_offset"]],
+        }
     top_logprobs: list[dict[str, float] | None] = []
     for entry in entries:
         top: dict[str, float] = {}
         for one in (*entry.top, entry.chosen):
-            top.setdefault(names.text(one.token_id), _finite(one.logprob))
+            top.setdefault(names.text(one.token_id), finite(one.logprob))
         top_logprobs.append(top)
     return {
         "tokens": [names.text(entry.chosen.token_id) for entry in entries],
-        "token_logprobs": [_finite(entry.chosen.logprob) for entry in entries],
+        "token_logprobs": [finite(entry.chosen.logprob) for entry in entries],
         "top_logprobs": top_logprobs,
         "text_offset": [offsets.next(entry.chosen.token_id) for entry in entries],
     }
@@ -105,10 +121,10 @@ def chat_logprobs(names: TokenNames, entries: Iterable[messages_pb2.TokenLogprob
 def _shown(names: TokenNames, one: messages_pb2.Logprob) -> TopLogprob:
     return {
         "token": names.text(one.token_id),
-        "logprob": _finite(one.logprob),
+        "logprob": finite(one.logprob),
         "bytes": list(names.bytes(one.token_id)),
     }
 
 
-def _finite(logprob: float) -> float:
+def finite(logprob: float) -> float:
     return logprob if logprob > LEAST_LOGPROB else LEAST_LOGPROB

@@ -137,6 +137,12 @@ class SamplingBody(RequestBody):
         max_length=MAX_LOGPROB_TOKEN_IDS,
         description=f"With logprobs: these tokens', not the likeliest ones'; at most {MAX_LOGPROB_TOKEN_IDS}.",
     )
+    prompt_logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description=f"As logprobs, of the prompt; 0 to {MAX_LOGPROBS}.",
+    )
     truncate_prompt_tokens: int | None = Field(
         None, ge=-1, description="Only so many of the prompt's last tokens; -1 = as many as fit beside max_tokens."
     )
@@ -178,16 +184,13 @@ class CompletionRequest(SamplingBody):
         PlainValidator(parse_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
     ]
     add_special_tokens: bool = Field(True, description="Whether the tokenizer adds BOS and the like.")
-    echo: bool = Field(False, description="The text begins with the prompt.")
+    echo: bool = Field(False, description="The text begins with the prompt, the logprobs with the prompt's.")
     logprobs: int | None = Field(None, description=f"For each token, the likeliest so many; 0 to {MAX_LOGPROBS}.")
 
-    @model_validator(mode="after")
-    def _no_prompt_logprobs(self) -> Self:
-        if self.echo and self.logprobs is not None:
-            raise UnsupportedParameter(
-                "echo together with logprobs (the prompt's logprobs) is not supported yet", "echo"
-            )
-        return self
+    @property
+    def asks_for_prompt_alone(self) -> bool:
+        """echo with max_tokens 0: nothing is to be generated."""
+        return self.echo and self.max_tokens == 0
 
 
 class ChatRequest(SamplingBody):

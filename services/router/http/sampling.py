@@ -5,11 +5,10 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import TypeVar
 
 from relevo.core.errors import InvalidRequest
-from relevo.core.sampling_params import MAX_SEED, SamplingParams
+from relevo.core.sampling_params import SamplingParams
 from relevo.model_files import GenerationDefaults
 from services.common.structured_outputs import structured_outputs_to_proto
 from services.pb import messages_pb2
@@ -28,12 +27,14 @@ class TokenLimit:
     """How many tokens a request may generate, and what its parameters are called where the answer is "too many".
 
     max_tokens: as the request says. default: what applies otherwise; None = the rest of the context
+    prompt_alone: the one token that is generated is not shown
     """
 
     max_tokens: int | None
     default: int | None
     prompt_param: str
     max_tokens_param: str = "max_tokens"
+    prompt_alone: bool = False
 
     def resolve(self, num_prompt_tokens: int, max_model_len: int) -> int:
         """Raises ContextLengthExceeded. A default is cut to what fits; what the request says is not."""
@@ -56,7 +57,12 @@ class TokenLimit:
 
 
 def make_sampling(
-    body: SamplingBody, defaults: GenerationDefaults, *, max_tokens: int | None, logprobs: int | None
+    body: SamplingBody,
+    defaults: GenerationDefaults,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
 ) -> SamplingParams:
     """The request's parameters; where it says nothing, the model's. Raises InvalidRequest naming the parameter."""
     top_k = defaults.top_k if body.top_k is None else body.top_k
@@ -82,6 +88,7 @@ def make_sampling(
         allowed_token_ids=None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
         bad_words=tuple(body.bad_words),
         logprob_token_ids=tuple(body.logprob_token_ids),
+        prompt_logprobs=prompt_logprobs,
         truncate_prompt_tokens=body.truncate_prompt_tokens,
         structured_outputs=wanted_structure(body),
     )
@@ -101,13 +108,6 @@ def check_token_ids(sampling: SamplingParams, model: ServedModel) -> None:
                 raise InvalidRequest(
                     f"{param} names token {token_id}, but the model's ids are below {model.vocab_size}", param
                 )
-
-
-def choice_seed(seed: int, index: int) -> int:
-    """Of the index-th choice for one prompt. Choice 0 takes the seed itself: asking for more changes no answer."""
-    if index == 0:
-        return seed
-    return int.from_bytes(sha256(f"{seed}:{index}".encode()).digest()[:8], "little") & MAX_SEED
 
 
 def draw_seed() -> int:
@@ -140,6 +140,7 @@ def sampling_to_proto(
         allowed_token_ids=sampling.allowed_token_ids or (),
         bad_words=[messages_pb2.TokenSequence(token_ids=word) for word in sampling.bad_words_token_ids],
         logprob_token_ids=sampling.logprob_token_ids,
+        prompt_logprobs=sampling.prompt_logprobs,
         structured_outputs=structured_outputs_to_proto(sampling.structured_outputs),
     )
 

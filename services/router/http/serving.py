@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from relevo.core.errors import DeadlineExceeded, InvalidRequest, Unavailable
-from relevo.core.sampling_params import SamplingParams
+from relevo.core.sampling_params import SamplingParams, choice_seed
 from relevo.detokenizer import Detokenizer
 from relevo.model_files import GenerationDefaults
 from relevo.prompts import resolve_bad_words, truncate_prompt
@@ -23,10 +23,12 @@ from services.router.http.exchange import Exchange
 from services.router.http.explain import AnswerIds
 from services.router.http.keys import KeyRing
 from services.router.http.metrics import EdgeMetrics
+from services.router.http.prompt_logprobs import SharedPromptLogprobs
 from services.router.http.protocol import SamplingBody
-from services.router.http.sampling import TokenLimit, check_token_ids, choice_seed, draw_seed, sampling_to_proto
+from services.router.http.sampling import TokenLimit, check_token_ids, draw_seed, sampling_to_proto
 from services.router.http.stream import EventWriter, GenerationResponse, WholeWriter
 from services.router.http.structure import StructureChecker
+from services.router.timeline import Timeline
 
 _LONG_TEXT_CHARS = 16_384  # takes some 5 ms to tokenize: from here on the event loop does not wait for it
 
@@ -134,6 +136,7 @@ class Serving:
     ) -> GenerationResponse:
         """The response that will run all choices. Raises InvalidRequest and its like; nothing was started then."""
         choices = self._choices(exchange, answer_id, prompts, body, sampling, limit)
+        exchange.timelines = [choice.timeline for choice in choices]
         self.answer_ids.remember(exchange.request_id, answer_id)
         writer = (
             EventWriter(exchange, payloads, include_usage=body.include_usage)
@@ -162,25 +165,30 @@ class Serving:
         if not sampling.ignore_eos:
             stop_token_ids |= frozenset(self.defaults.eos_token_ids)
         standing = exchange.standing(body.priority)
+        traceparent = exchange.trace.traceparent(is_sampled=exchange.trace.is_asked) if exchange.trace else ""
         planned: list[tuple[int, messages_pb2.GenerationRequest]] = []  # with its prompt's index
         for prompt_index, prompt in enumerate(prompts):
             check_prompt(prompt.token_ids, model, limit.prompt_param)
             max_tokens = limit.resolve(len(prompt.token_ids), model.max_model_len)
             seed = draw_seed() if sampling.seed is None else sampling.seed
             for nth in range(body.n):
+                # A prompt's logprobs take computing all of it: once.
+                own = sampling if nth == 0 else replace(sampling, prompt_logprobs=None)
                 request = messages_pb2.GenerationRequest(
                     request_id=f"{answer_id}-{len(planned)}",
                     prompt_token_ids=prompt.token_ids,
-                    sampling=sampling_to_proto(sampling, max_tokens=max_tokens, seed=choice_seed(seed, nth)),
+                    sampling=sampling_to_proto(own, max_tokens=max_tokens, seed=choice_seed(seed, nth)),
                     cache_salt=exchange.key_salt + body.cache_salt,
                     timeout_ms=timeout_ms,
+                    traceparent=traceparent,
                 )
                 planned.append((prompt_index, request))
+        shared = [SharedPromptLogprobs() if sampling.prompt_logprobs is not None else None for _ in prompts]
         return [
             Choice(
                 index,
                 prompt_index,
-                self.admission.generate(request, standing),
+                self.admission.generate(request, standing, _timeline(exchange, self.model_name(body.model), request)),
                 Detokenizer(
                     self.tokenizer,
                     prompts[prompt_index].token_ids,
@@ -191,9 +199,32 @@ class Serving:
                 ),
                 stop_token_ids,
                 include_stop=sampling.include_stop_str_in_output,
+                prompt_logprobs=shared[prompt_index],
+                is_first_of_prompt=index % body.n == 0,
+                prompt_alone=limit.prompt_alone,
             )
             for index, (prompt_index, request) in enumerate(planned)
         ]
+
+
+def _timeline(exchange: Exchange, model: str, request: messages_pb2.GenerationRequest) -> Timeline:
+    """Of a choice whose prompt has just been tokenized."""
+    timeline = Timeline(exchange.arrived)
+    if exchange.received is not None:
+        timeline.mark("receive", exchange.arrived, exchange.received)
+        timeline.mark("tokenize", exchange.received, tokens=len(request.prompt_token_ids))
+    timeline.attributes = {
+        "relevo.request.id": exchange.request_id,
+        "gen_ai.operation.name": "chat" if request.request_id.startswith("chatcmpl") else "text_completion",
+        "gen_ai.provider.name": "relevo",
+        "gen_ai.request.model": model,
+        "gen_ai.request.max_tokens": request.sampling.max_tokens,
+        "gen_ai.request.temperature": request.sampling.temperature,
+        "gen_ai.request.top_p": request.sampling.top_p,
+        "gen_ai.response.id": request.request_id,
+        "gen_ai.usage.input_tokens": len(request.prompt_token_ids),
+    }
+    return timeline
 
 
 def check_prompt(token_ids: Sequence[int], model: ServedModel, param: str) -> None:

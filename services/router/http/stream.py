@@ -22,12 +22,13 @@ from relevo.core.errors import RelevoError
 from services.router.http.answer import Answer, Payloads, Usage, count_usage
 from services.router.http.choice import Choice, Delta
 from services.router.http.errors import error_reply, internal_error
-from services.router.http.exchange import CLIENT_LEFT, Exchange
+from services.router.http.exchange import CLIENT_LEFT, TIMINGS_HEADER, Exchange
 from services.router.http.explain import explaining
 from services.router.http.metrics import EdgeMetrics, RequestTimes
 
 logger = logging.getLogger(__name__)
 
+TIMINGS_FIELD = "relevo_timings"  # of a stream's last event
 _DONE = b"data: [DONE]\n\n"
 
 
@@ -36,7 +37,7 @@ class Writer(Protocol):
 
     async def write(self, choice: Choice, delta: Delta, send: Send) -> None: ...
 
-    async def finish(self, usage: Usage, send: Send) -> None: ...
+    async def finish(self, usage: Usage, send: Send, timings: Mapping[str, float] | None) -> None: ...
 
 
 class GenerationResponse(Response):
@@ -76,7 +77,7 @@ class GenerationResponse(Response):
         usage = count_usage(self._choices, self._prompt_lengths)
         details = usage["prompt_tokens_details"]
         self._times.answered(usage["prompt_tokens"], details["cached_tokens"] if details else 0)
-        await self._writer.finish(usage, send)
+        await self._writer.finish(usage, send, _timings(self._choices) if self._exchange.tells_timings else None)
 
     async def _pull_all(self, group: asyncio.TaskGroup, send: Send) -> None:
         if len(self._choices) == 1:  # nearly always: a task of its own would cost a tenth of the request
@@ -92,9 +93,13 @@ class GenerationResponse(Response):
                 if delta.num_tokens:
                     self._times.tokens(choice.index, delta.num_tokens)
                 await self._writer.write(choice, delta, send)
+                if choice.timeline.second_at is None and delta.num_tokens:
+                    choice.timeline.written()
                 finish_reason = delta.finish_reason
             self._metrics.finished.labels(finish_reason).inc()
+            choice.timeline.end()
         finally:
+            choice.timeline.end("cancelled")
             await choice.aclose()
 
     async def _fail(self, error: Exception) -> None:
@@ -129,8 +134,15 @@ class EventWriter:
             if chunks:
                 await self._exchange.send(_body(_events(chunks)))
 
-    async def finish(self, usage: Usage, send: Send) -> None:
-        last = _events([self._payloads.usage_chunk(usage)]) if self._include_usage else b""
+    async def finish(self, usage: Usage, send: Send, timings: Mapping[str, float] | None) -> None:
+        last = b""
+        if self._include_usage or timings is not None:
+            chunk = dict(self._payloads.usage_chunk(usage))
+            if not self._include_usage:
+                del chunk["usage"]
+            if timings is not None:
+                chunk[TIMINGS_FIELD] = timings
+            last = _events([chunk])
         await self._exchange.send(_body(last + _DONE, more=False))
 
 
@@ -144,10 +156,17 @@ class WholeWriter:
     async def write(self, choice: Choice, delta: Delta, send: Send) -> None:
         self._answers[choice.index].add(delta)
 
-    async def finish(self, usage: Usage, send: Send) -> None:
+    async def finish(self, usage: Usage, send: Send, timings: Mapping[str, float] | None) -> None:
         body = orjson.dumps(self._payloads.whole(list(self._answers.values()), usage))
-        await send(_head((b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))))
+        told = [(TIMINGS_HEADER, orjson.dumps(timings))] if timings is not None else []
+        await send(_head((b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *told))
         await send(_body(body, more=False))
+
+
+def _timings(choices: Sequence[Choice]) -> Mapping[str, float]:
+    """Of the choice that had a token first."""
+    first = min(choices, key=lambda choice: choice.timeline.first_at or float("inf"))
+    return first.timeline.timings()
 
 
 class _ClientLeft(Exception):

@@ -25,7 +25,6 @@ _BOTH: Mapping[str, Harmless] = {
     # vLLM's
     "length_penalty": (1,),
     "logits_processors": ([],),
-    "prompt_logprobs": (),
     "request_id": (),  # the header x-request-id
     "spaces_between_special_tokens": (True,),
     "use_beam_search": (False,),

@@ -84,13 +84,15 @@ export function makeChat(parent, { open, onRefused }) {
   async function stream(answer, signal) {
     const body = { model, messages: settings.withSystem(messages), stream: true, stream_options: { include_usage: true }, ...settings.values() };
     const response = await call("v1/chat/completions", { body, signal });
+    let isDone = false;
     for await (const { data } of events(response)) {
-      if (data === "[DONE]") return;
+      if (data === "[DONE]") isDone = true;
+      if (isDone) continue; // to the connection's end, so that it can be used again
       const chunk = JSON.parse(data);
       if (chunk.error) throw new ApiError(500, chunk.error.message);
       answer.take(chunk);
     }
-    throw new ApiError(0, "The router ended the answer before it was done.");
+    if (!isDone) throw new ApiError(0, "The router ended the answer before it was done.");
   }
 
   function addAnswer() {
@@ -168,7 +170,7 @@ export function makeChat(parent, { open, onRefused }) {
         "div",
         { class: "empty" },
         element("strong", {}, "Talk to the model"),
-        "and see on the left which way each request takes.",
+        "and watch which way each request takes.",
         element("ul", {}, ...examples),
       ),
     );

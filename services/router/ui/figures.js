@@ -21,7 +21,7 @@ const FIGURES = [
     scale: (top) => ms(top),
   },
   {
-    title: "Time per output token",
+    title: "Time per token",
     role: "decode",
     lines: [{ of: "tpot_p50" }, { of: "tpot_p95" }],
     value: (samples) => duration(latest(samples, "tpot_p50")),
@@ -34,7 +34,7 @@ const FIGURES = [
     role: "decode",
     lines: [{ of: "output_tokens_per_second" }],
     value: (samples) => rate(mean(samples, "output_tokens_per_second", 3), "tok"),
-    beside: (samples) => `and ${amount(mean(samples, "prompt_tokens_per_second", 10) ?? 0)} prompt tok/s`,
+    beside: (samples) => `${amount(mean(samples, "prompt_tokens_per_second", 10) ?? 0)} prompt tok/s`,
     at: (sample) => `${amount(sample.output_tokens_per_second)} out, ${amount(sample.prompt_tokens_per_second)} in tok/s`,
     scale: (top) => `${amount(top)} tok/s`,
   },
@@ -44,7 +44,7 @@ const FIGURES = [
     lines: [{ of: "running" }, { of: "queued", alarm: true }],
     value: (samples) => ({ value: samples.length ? String(samples.at(-1).running) : NOTHING, unit: "running" }),
     beside: (samples) =>
-      `${samples.at(-1)?.queued ?? 0} queued · ${amount(mean(samples, "requests_per_second", 10) ?? 0)} requests/s`,
+      `${samples.at(-1)?.queued ?? 0} queued · ${amount(mean(samples, "requests_per_second", 10) ?? 0)} req/s`,
     at: (sample) => `${sample.running} running · ${sample.queued} queued`,
     scale: (top) => String(Math.round(top)),
   },

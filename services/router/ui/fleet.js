@@ -62,8 +62,8 @@ function routerCard(router, sample) {
     name: "router",
     state: "ready",
     rows: [
-      [count(router.num_running, "request"), "running"],
-      [count(router.num_queued, "request"), "queued"],
+      [String(router.num_running), "running"],
+      [String(router.num_queued), "queued"],
       [`${amount(sample?.output_tokens_per_second ?? 0)} tok/s`, "to clients"],
       [ms(router.loop_lag_ms), "loop lag"],
     ],
@@ -75,7 +75,7 @@ function workerCard(worker) {
   const cached = Math.max(0, Math.min(worker.num_named_blocks, worker.num_blocks) - used);
   const speed =
     worker.role === "prefill"
-      ? [worker.prefill_tokens_per_second ? `${amount(worker.prefill_tokens_per_second)} tok/s` : "–", "prefill speed"]
+      ? [worker.prefill_tokens_per_second ? `${amount(worker.prefill_tokens_per_second)} tok/s` : "–", "speed"]
       : [worker.step_ms ? ms(worker.step_ms) : "–", "a step"];
   const waiting = worker.num_waiting ? ` · ${worker.num_waiting} waiting` : "";
   return {
@@ -92,7 +92,7 @@ function workerCard(worker) {
       ],
       unit: worker.block_bytes,
     },
-    rows: [[count(worker.num_running, "request"), `running${waiting}`], speed],
+    rows: [[String(worker.num_running), `running${waiting}`], speed],
   };
 }
 
@@ -159,11 +159,15 @@ function showBar(bar, text, { label, total, parts, unit }) {
     bar.children[nth].className = kind;
     bar.children[nth].style.width = `${(100 * number) / total}%`;
   });
-  const held = parts.reduce((sum, [, number]) => sum + number, 0);
-  const percent = (100 * held) / total;
-  const share = percent > 0 && percent < 1 ? "< 1 %" : `${percent.toFixed(0)} %`;
-  setText(text, `${bytes(held * unit)} of ${bytes(total * unit)}`);
-  text.title = parts.map(([what, number]) => `${count(number, "block")} ${what}`).join(", ");
-  text.dataset.share = share;
-  bar.title = `${label}: ${text.title}`;
+  const cached = parts.find(([what]) => what === "cached")[1];
+  const used = parts.reduce((sum, [, number]) => sum + number, 0) - cached;
+  const most = used / total < 0.01 ? `${percent(cached / total)} cached` : `${percent(used / total)} used`;
+  setText(text, `${bytes(total * unit)}, ${most}`);
+  const details = parts.map(([what, number]) => `${count(number, "block")} (${bytes(number * unit)}) ${what}`);
+  bar.parentNode.title = `${label} of ${count(total, "block")}: ${details.join(", ")}`;
+}
+
+function percent(share) {
+  if (share > 0 && share < 0.01) return "< 1 %";
+  return `${(100 * share).toFixed(0)} %`;
 }

@@ -6,6 +6,7 @@ const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 
 export function duration(ms) {
   if (ms === null || ms === undefined) return { value: NOTHING, unit: "" };
+  if (ms > 0 && ms < 0.05) return { value: "< 0.1", unit: "ms" };
   if (ms < 10) return { value: ms.toFixed(1), unit: "ms" };
   if (ms < 1000) return { value: ms.toFixed(0), unit: "ms" };
   if (ms < 60_000) return { value: (ms / 1000).toFixed(ms < 10_000 ? 2 : 1), unit: "s" };

@@ -67,17 +67,19 @@ function showHealth({ router, workers }) {
   at("health").dataset.state = state;
   const workersText = count(workers.length, "worker");
   const texts = {
-    serving: `Serving · ${workersText}`,
-    troubled: `Serving · ${amiss.length} of ${workersText} not ready`,
-    lost: "No worker can serve",
+    serving: ["Serving", ` · ${workersText}`],
+    troubled: ["Serving", ` · ${amiss.length} of ${workersText} not ready`],
+    lost: ["No worker can serve", ""],
   };
-  setText(at("health-text"), texts[state]);
+  setText(at("health-text"), texts[state][0]);
+  setText(at("health-more"), texts[state][1]);
   at("health").title = router.trouble ?? "";
 }
 
 function showLost(message, seconds) {
   at("health").dataset.state = "lost";
   setText(at("health-text"), "Disconnected");
+  setText(at("health-more"), "");
   document.body.classList.add("is-stale");
   at("banner").hidden = false;
   setText(at("banner"), `${message} Trying again${seconds >= 1 ? ` in ${Math.round(seconds)} s` : ""}…`);
@@ -94,6 +96,7 @@ function askForKey(message) {
   at("forget-key").hidden = true;
   at("health").dataset.state = "connecting";
   setText(at("health-text"), "Locked");
+  setText(at("health-more"), "");
   at("gate").hidden = false;
   setText(at("gate-error"), had ? message : "");
   at("key").value = "";

@@ -9,11 +9,12 @@ const COLUMNS = [
   ["Prompt", "number on-wide"],
   ["Output", "number"],
   ["First token", "number on-wide"],
-  ["A token", "number on-widest"],
-  ["Total", "number on-wide"],
+  ["A token", "number on-wide a-token"],
+  ["Total", "number on-wide total"],
   ["Time", "at-end time"],
   ["Way", "at-end way-cell"],
 ];
+const MAX_ROWS = 25;
 const FINE = new Set(["stop", "length", "closed"]);
 const OUTCOMES = { stop: "done", length: "done, at its limit", closed: "closed" };
 
@@ -40,9 +41,10 @@ export function makeRequests(parent, note, open) {
     const { requests, workers } = snapshot;
     const names = new Map(workers.map((worker) => [worker.address, worker.id]));
     nameOf = (address) => names.get(address) ?? address;
-    longest = Math.max(1, ...requests.map((request) => lasting(request, snapshot.at)));
     for (const request of requests) request.lasting = lasting(request, snapshot.at);
-    list.show(requests, (request) => request.id);
+    const ordered = requests.map((request) => request.lasting).sort((one, other) => one - other);
+    longest = Math.max(1, ordered[Math.floor(0.9 * ordered.length)] ?? 1); // one that took very long is cut off
+    list.show(requests.slice(0, MAX_ROWS), (request) => request.id);
     empty.hidden = requests.length > 0;
     table.hidden = !requests.length;
     setText(note, requests.length ? "newest first; choose one to see where its time went" : "");
@@ -99,8 +101,9 @@ function makeRow(first, longest, nameOf, open) {
       setText(cells[5], ms(next.tpot_ms));
       setText(cells[6], ms(next.total_ms));
       const untilFirst = next.ttft_ms ?? next.lasting;
-      parts[0].style.width = `${(100 * untilFirst) / longest()}%`;
-      parts[1].style.width = `${(100 * (next.lasting - untilFirst)) / longest()}%`;
+      const scale = 100 / Math.max(longest(), next.lasting > longest() ? next.lasting : 0);
+      parts[0].style.width = `${scale * untilFirst}%`;
+      parts[1].style.width = `${scale * (next.lasting - untilFirst)}%`;
       parts[1].hidden = next.ttft_ms === null;
       if (way !== (way = `${next.prefill} ${next.decode}`)) cells[8].replaceChildren(wayNode(next, nameOf()));
     },

@@ -11,9 +11,11 @@ const REFRESH_MS = 1000;
 const ROLES = { router: "router", prefill: "prefill", decode: "decode", kvtransfer: "kv", kv: "kv" };
 // What the time to the first token is made of, in this order.
 const PARTS = [
+  ["receive", "router"],
   ["tokenize", "router"],
   ["place", "router"],
-  ["queue", "kv"],
+  ["queue", "prefill"],
+  ["fetch", "kv"],
   ["prefill", "prefill"],
   ["relay", "decode"],
 ];
@@ -93,7 +95,9 @@ function timingsNode(timings) {
 
 function spansNode(spans, areReal) {
   const end = Math.max(1e-3, ...spans.map((span) => span.start_ms + span.duration_ms));
-  const rows = spans.map((span, nth) => spanRow(span, end, nth));
+  const depths = [];
+  for (const { parent } of spans) depths.push(parent === null || parent === undefined ? 0 : (depths[parent] ?? 0) + 1);
+  const rows = spans.map((span, nth) => spanRow(span, end, nth, depths[nth]));
   const note = areReal ? null : element("p", { class: "note" }, "No spans were recorded for it; this is what the router itself saw.");
   return element("section", { class: "spans" }, element("h3", {}, "Where its time went"), note, axis(end), element("ol", {}, ...rows));
 }
@@ -108,16 +112,16 @@ function plainSpans(request, record) {
   return spans;
 }
 
-function spanRow(span, end, nth) {
+function spanRow(span, end, nth, depth) {
   const piece = element("span", { class: "piece" });
   piece.style.left = `${(100 * span.start_ms) / end}%`;
   piece.style.width = `max(2px, ${(100 * span.duration_ms) / end}%)`;
   const line = [
-    element("span", { class: "span-name" }, span.name, element("small", {}, ` ${span.service}`)),
+    element("span", { class: `span-name depth-${Math.min(depth, 3)}` }, span.name, element("small", {}, ` ${span.instance || span.service}`)),
     element("span", { class: "track", "aria-hidden": "true" }, piece),
     element("span", { class: "span-time" }, ms(span.duration_ms)),
   ];
-  const role = `of-${ROLES[span.service] ?? "router"}`;
+  const role = `of-${span.name.startsWith("kv.") ? "kv" : ROLES[span.service] ?? "router"}`;
   const attributes = Object.entries(span.attributes ?? {});
   if (!attributes.length) return element("li", { class: `span ${role}` }, element("div", { class: "line" }, ...line));
   const list = facts([

@@ -12,6 +12,7 @@ from relevo.core.request import FinishReason
 from services.pb import messages_pb2
 from services.router.generation import EndEvent, ServedModel, TokensEvent
 from services.router.route_log import RouteRecord
+from services.router.timeline import Timeline
 
 MODEL = ServedModel(max_model_len=256, vocab_size=4096, block_size=16)
 
@@ -28,6 +29,7 @@ class FakeGeneration:
     def __init__(self, request: messages_pb2.GenerationRequest, steps: Iterable[Step]) -> None:
         self.request = request
         self.on_accepted: Callable[[], None] | None = None
+        self.timeline = Timeline()
         self.num_pulled = 0
         self.has_begun = asyncio.Event()
         self.closed = asyncio.Event()
@@ -129,9 +131,27 @@ def one_by_one(
     request: messages_pb2.GenerationRequest,
     finish_reason: FinishReason = FinishReason.LENGTH,
 ) -> Iterator[Step]:
+    prompt_logprobs = make_prompt_logprobs(request)
     for token_id in token_ids:
-        yield TokensEvent([token_id], make_logprobs([token_id], request))
+        yield TokensEvent([token_id], make_logprobs([token_id], request), prompt_logprobs=prompt_logprobs)
+        prompt_logprobs = []
     yield EndEvent(finish_reason, num_cached_tokens=4)
+
+
+def make_prompt_logprobs(request: messages_pb2.GenerationRequest) -> list[messages_pb2.TokenLogprobs]:
+    """Each token is one rank below the likeliest, whose id is one higher; others follow."""
+    if not request.sampling.HasField("prompt_logprobs"):
+        return []
+    return [
+        messages_pb2.TokenLogprobs(
+            chosen=messages_pb2.Logprob(token_id=token_id, logprob=-2.0, rank=2),
+            top=[
+                messages_pb2.Logprob(token_id=token_id + 1 - i, logprob=-1.0 - i, rank=i + 1)
+                for i in range(request.sampling.prompt_logprobs)
+            ],
+        )
+        for token_id in request.prompt_token_ids[1:]
+    ]
 
 
 def make_logprobs(

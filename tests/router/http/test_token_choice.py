@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from relevo.core.errors import Exhausted
 from relevo.core.request import FinishReason
 from relevo.tokenizer import Tokenizer
 from services.router.generation import EndEvent, TokensEvent
 from tests.router.http.conftest import Edge
-from tests.router.http.fakes import make_logprobs, sampled_ids
+from tests.router.http.fakes import make_logprobs, sampled, sampled_ids
 
 TEXT = "Return a new list with the items in order."
 BODIES: dict[str, dict[str, Any]] = {
@@ -158,3 +159,89 @@ async def test_what_stopped_the_text_is_in_it_if_asked_for(edge: Edge, tokenizer
         assert reply["choices"][0]["token_ids"] == ids
         events = await stream(edge, "/v1/chat/completions", **values)
         assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == expected
+
+
+def prompt_entry(tokenizer: Tokenizer, token_id: int, count: int) -> dict[str, Any]:
+    """As the fake makes them."""
+    ids = {token_id + 1 - i: {"logprob": -1.0 - i, "rank": i + 1} for i in range(count)}
+    ids.setdefault(token_id, {"logprob": -2.0, "rank": 2})
+    return {str(i): {**values, "decoded_token": tokenizer.token_text(i)} for i, values in ids.items()}
+
+
+@pytest.mark.parametrize("count", [0, 3])
+async def test_prompt_logprobs_are_computed_once_and_shown_with_every_choice(
+    edge: Edge, tokenizer: Tokenizer, count: int
+) -> None:
+    prompts = ["a list of", "the dict"]
+    reply = await ask(edge, "/v1/completions", prompt=prompts, prompt_logprobs=count, n=2, add_special_tokens=False)
+    requests = edge.dispatcher.requests
+    asking = [request.sampling.HasField("prompt_logprobs") for request in requests]
+    assert asking == [True, False, True, False]
+    events = await stream(edge, "/v1/completions", prompt=prompts, prompt_logprobs=count, n=2, add_special_tokens=False)
+    for index, request in enumerate(requests[:4]):
+        ids = list(request.prompt_token_ids)
+        expected = [None, *(prompt_entry(tokenizer, token_id, count) for token_id in ids[1:])]
+        assert reply["choices"][index]["prompt_logprobs"] == expected
+        parts = [event["choices"][0] for event in events if event["choices"][0]["index"] == index]
+        assert parts[0]["prompt_logprobs"] == expected
+        assert not any("prompt_logprobs" in part for part in parts[1:])
+
+
+async def test_a_chat_has_its_prompts_logprobs(edge: Edge, tokenizer: Tokenizer) -> None:
+    path = "/v1/chat/completions"
+    reply = await ask(edge, path, prompt_logprobs=1)
+    ids = list(edge.dispatcher.requests[0].prompt_token_ids)
+    expected = [None, *(prompt_entry(tokenizer, token_id, 1) for token_id in ids[1:])]
+    assert reply["prompt_logprobs"] == expected
+    events = await stream(edge, path, prompt_logprobs=1, n=2)
+    assert events[0]["prompt_logprobs"] == expected
+    assert not any("prompt_logprobs" in event for event in events[1:])
+
+
+@pytest.mark.parametrize("streams", [False, True])
+async def test_echo_with_logprobs_has_the_prompts(edge: Edge, tokenizer: Tokenizer, streams: bool) -> None:
+    values: dict[str, Any] = {"prompt": TEXT, "echo": True, "logprobs": 1, "prompt_logprobs": 2}
+    if streams:
+        parts = [event["choices"][0] for event in await stream(edge, "/v1/completions", **values)]
+    else:
+        parts = (await ask(edge, "/v1/completions", **values))["choices"]
+    [request] = edge.dispatcher.requests
+    assert request.sampling.prompt_logprobs == 2
+    ids = [*request.prompt_token_ids, *sampled_ids(request)]
+    num_prompt_tokens = len(request.prompt_token_ids)
+    logprobs = {
+        key: [value for part in parts for value in part["logprobs"][key]]
+        for key in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+    }
+    text = "".join(part["text"] for part in parts)
+    assert logprobs["tokens"] == [tokenizer.token_text(token_id) for token_id in ids]
+    assert logprobs["token_logprobs"] == [None] + [-2.0] * (num_prompt_tokens - 1) + [-0.5] * 4
+    assert logprobs["top_logprobs"][0] is None
+    assert all(len(top) == 2 for top in logprobs["top_logprobs"][1:num_prompt_tokens]), "one, and the token itself"
+    assert text.startswith(TEXT)
+    for token, offset in zip(logprobs["tokens"][1:], logprobs["text_offset"][1:], strict=True):
+        assert text[offset:].startswith(token)
+
+
+async def test_echo_with_max_tokens_0_is_the_prompt_alone(edge: Edge) -> None:
+    """What those ask who score texts."""
+    reply = await ask(edge, "/v1/completions", prompt=[TEXT, "b"], echo=True, logprobs=1, max_tokens=0)
+    for choice, request in zip(reply["choices"], edge.dispatcher.requests, strict=True):
+        assert choice["finish_reason"] == "length"
+        assert len(choice["logprobs"]["tokens"]) == len(request.prompt_token_ids)
+        assert request.sampling.max_tokens == 1
+    assert [choice["text"] for choice in reply["choices"]] == [TEXT, "b"]
+    assert reply["usage"]["completion_tokens"] == 0
+    refused = await edge.http.post("/v1/completions", json={"prompt": TEXT, "max_tokens": 0})
+    assert refused.status_code == 400
+
+
+async def test_if_the_choice_that_computes_them_fails_all_fail(edge: Edge) -> None:
+    def script(request: Any) -> Any:
+        if request.sampling.HasField("prompt_logprobs"):
+            yield Exhausted("no room", 2.0)
+        yield from sampled(request)
+
+    edge.dispatcher.script = script
+    reply = await edge.http.post("/v1/completions", json={"prompt": TEXT, "prompt_logprobs": 1, "n": 3})
+    assert reply.status_code == 429
