@@ -18,7 +18,7 @@ from relevo import __version__
 from relevo.bench.cli import app as bench_app
 from relevo.chaos import app as chaos_app
 from relevo.core.errors import RelevoError, StartupError
-from relevo.engine_options import EngineOptions, parse_size_option, takes_engine_options, worker_flags
+from relevo.engine_options import EngineOptions, decode_flags, parse_size_option, takes_engine_options, worker_flags
 from relevo.kv import app as kv_app
 from relevo.model_files import resolve_model
 from relevo.stack import Stack, StackConfig
@@ -176,6 +176,7 @@ def serve(
         restart=restart,
         chaos=chaos,
         worker_options=worker_flags(engine) | {"offer-share": str(offer_share)},
+        decode_options=decode_flags(engine),
         router_options={
             "served-model-name": ",".join(served_model_name or []),
             "salt-by-api-key": salt_by_api_key,

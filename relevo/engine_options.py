@@ -9,9 +9,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from relevo.core.errors import StartupError
 from relevo.core.sizes import parse_size
+from relevo.engine.config import check_speculative
 
 EngineOptions = dict[str, Any]  # keywords of EngineConfig
+
+DECODE_OPTIONS = ("speculative", "num_speculative_tokens", "adaptive_speculation")
 
 
 def parse_size_option(option: str, value: str | int) -> int:
@@ -50,12 +54,28 @@ def engine_options(
     quantization: Annotated[
         Literal["none", "int8"], typer.Option(help="of the weights; int8 reads half the bytes for each token")
     ] = "none",
+    speculative: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND", help="who drafts tokens ahead: draft:PATH, draft:demo, ngram or suffix. Default: nobody"
+        ),
+    ] = None,
+    num_speculative_tokens: Annotated[
+        int | None, typer.Option(min=1, max=32, help="drafts a step, at most. Default: 5; of ngram and suffix 10")
+    ] = None,
+    adaptive_speculation: Annotated[bool, typer.Option(help="draft only where it is measured to pay")] = True,
     threads: Annotated[
         int | None, typer.Option(min=1, help="that compute, in each worker. Default: one a core that there is for us")
     ] = None,
 ) -> EngineOptions:
     """What `takes_engine_options` adds to a command, as EngineConfig's keywords."""
-    return {**locals(), "kv_cache_memory": parse_size_option("--kv-cache-memory", kv_cache_memory)}
+    given = dict(locals())
+    if speculative is not None:
+        try:
+            check_speculative(speculative)
+        except StartupError as error:
+            raise typer.BadParameter(error.message, param_hint="--speculative") from error
+    return {**given, "kv_cache_memory": parse_size_option("--kv-cache-memory", kv_cache_memory)}
 
 
 def takes_engine_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -85,7 +105,12 @@ def takes_engine_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def worker_flags(engine: Mapping[str, Any]) -> dict[str, str | bool]:
     """The same options as StackConfig.worker_options wants them; "" stands for None, which workers have by default."""
-    return {name.replace("_", "-"): _flag(value) for name, value in engine.items()}
+    return {name.replace("_", "-"): _flag(value) for name, value in engine.items() if name not in DECODE_OPTIONS}
+
+
+def decode_flags(engine: Mapping[str, Any]) -> dict[str, str | bool]:
+    """Those that decode workers have and prefill workers have not."""
+    return {name.replace("_", "-"): _flag(value) for name, value in engine.items() if name in DECODE_OPTIONS}
 
 
 def _flag(value: Any) -> str | bool:

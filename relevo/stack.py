@@ -57,6 +57,7 @@ class StackConfig:
     metrics: bool = False
     agent_options: Mapping[str, str | bool] = field(default_factory=dict)
     worker_options: Mapping[str, str | bool] = field(default_factory=dict)
+    decode_options: Mapping[str, str | bool] = field(default_factory=dict)
     router_options: Mapping[str, str | bool] = field(default_factory=dict)
 
 
@@ -119,7 +120,13 @@ class Stack:
             self._spawn("kvtransfer", "kvtransfer", ports["kvtransfer"], agent_options)
         for role, worker_names in (("prefill", prefill_names), ("decode", decode_names)):
             for name in worker_names:
-                options = {**self.config.worker_options, "worker-id": name, "kv-agent": address.get("kvtransfer", "")}
+                own = self.config.decode_options if role == "decode" else {}
+                options = {
+                    **self.config.worker_options,
+                    **own,
+                    "worker-id": name,
+                    "kv-agent": address.get("kvtransfer", ""),
+                }
                 self._spawn(role, name, ports[name], options)
         for name in router_names:
             self._spawn(

@@ -17,6 +17,7 @@ from relevo.bench.quantization_command import add_quantization_command
 from relevo.bench.route_command import add_route_command
 from relevo.bench.router_command import add_router_command
 from relevo.bench.sampling import add_sampling_command
+from relevo.bench.spec_command import add_spec_command
 
 app = typer.Typer(no_args_is_help=True, help="Measure.", rich_markup_mode=None)
 
@@ -117,6 +118,7 @@ add_engine_commands(app)
 add_route_command(app)
 add_kv_command(app)
 add_router_command(app)
+add_spec_command(app)
 add_handover_command(app)
 add_quantization_command(app)
 add_sampling_command(app)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from relevo.bench.commands import integers, spinner, write_json
 from relevo.core.sizes import format_size
-from relevo.engine_options import EngineOptions, parse_size_option, takes_engine_options, worker_flags
+from relevo.engine_options import EngineOptions, decode_flags, parse_size_option, takes_engine_options, worker_flags
 
 if TYPE_CHECKING:
     from relevo.bench.handover import HandoverCase
@@ -46,6 +46,7 @@ def handover(
             port=port,
             kv_arena=str(parse_size_option("--kv-arena", kv_arena)),
             worker_options=worker_flags(engine),
+            decode_options=decode_flags(engine),
             restart=False,
         ),
         input_lens=integers("--input-len", input_len),

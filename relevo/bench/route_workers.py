@@ -138,7 +138,7 @@ class ModelledWorker:
         self._is_stepping = False
         sampling = [entry.request for entry in output.scheduled if entry.samples]
         # A request's name is its every token, so that no two answers have a block in common.
-        self.scheduler.update(output, {request.request_id: request.token_ids[0] for request in sampling})
+        self.scheduler.update(output, {request.request_id: request.token_ids[:1] for request in sampling})
         self._tell_blocks()
         for request in sampling:
             if request.num_output_tokens <= 2 or request.finish_reason is not None:

@@ -74,6 +74,21 @@ class Request:
     def num_uncomputed_tokens(self) -> int:
         return len(self.token_ids) - self.num_computed_tokens
 
+    def end_reason(self, token_id: int, num_output_tokens: int) -> FinishReason | None:
+        """Why the request ends with this token as the last of so many; None: it goes on."""
+        if token_id in self.stop_token_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if num_output_tokens >= self.max_tokens else None
+
+    def until_end(self, token_ids: Sequence[int]) -> list[int]:
+        """As many of these next tokens as there are until one ends the request."""
+        taken: list[int] = []
+        for token_id in token_ids:
+            taken.append(token_id)
+            if self.end_reason(token_id, self.num_output_tokens + len(taken)) is not None:
+                break
+        return taken
+
     @property
     def num_missing_prompt_logprobs(self) -> int:
         """Rows of the prompt that must be computed here, for their logits: none of them may come from a cache."""

@@ -48,6 +48,7 @@ class SamplingParams:
     temperature: 0 is greedy; top_p 1, top_k 0, min_p 0 and penalties of 0 (repetition: 1) are off
     seed: None takes a random one where the request enters the system; after that it is always set
     logprobs: None for none, 0 for the chosen token's, k for the k likeliest as well
+    num_speculative_tokens: at most so many drafts a step; 0: none; None: what the engine has. Changes no token
     structured_outputs: what the text must fit. It ends where the grammar does, min_tokens or not; EOS cannot be ignored
     stop: strings; whoever detokenizes looks for them (router, LLM), the engine never sees them
     include_stop_str_in_output: the text ends with the stop string, or stop token, that ended it
@@ -82,6 +83,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    num_speculative_tokens: int | None = None
     include_stop_str_in_output: bool = False
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[str, ...] = ()
@@ -113,6 +115,8 @@ class SamplingParams:
             _check_int("seed", self.seed, 0, MAX_SEED)
         if self.logprobs is not None:
             _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.num_speculative_tokens is not None:
+            _check_int("num_speculative_tokens", self.num_speculative_tokens, 0, None)
         for token_id, bias in self.logit_bias.items():
             _check_int("logit_bias", token_id, 0, None)
             _check_float("logit_bias", bias, -100.0, 100.0)

@@ -1,14 +1,15 @@
 """Which tokens of which requests the next step computes.
 
 One rule: a request has tokens known and tokens computed, and a step computes some of the difference under a token
-budget. Chunked prefill, prefix hits and resumption after preemption are that rule.
+budget. Chunked prefill, prefix hits and resumption after preemption are that rule. Drafts are tokens that may become
+known: a step computes them behind the known ones, and what is not accepted is as if it had never been computed.
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from relevo.core.block_hash import BlockHash
@@ -34,15 +35,36 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRequest:
-    """The step computes request.token_ids[num_computed_tokens : num_computed_tokens + num_scheduled_tokens]."""
+    """The step computes num_scheduled_tokens of the request, from num_computed_tokens on.
+
+    [num_computed_tokens, num_tokens)                             known tokens, or as many of them as fit the step
+    [num_tokens, num_tokens + len(draft_token_ids))               drafts; only behind all that is known
+
+    num_draft_slots: how many drafts there is room for, in the step and in the request's blocks
+    """
 
     request: Request
-    num_scheduled_tokens: int
+    num_scheduled_tokens: int  # drafts included
+    draft_token_ids: Sequence[int] = ()
+    num_draft_slots: int = 0
 
     @property
     def samples(self) -> bool:
-        """All known tokens are computed after this step: the last row's logits choose the next one."""
-        return self.num_scheduled_tokens == self.request.num_uncomputed_tokens
+        """All known tokens are computed after this step: the last rows' logits choose the next ones."""
+        return self.num_scheduled_tokens - len(self.draft_token_ids) == self.request.num_uncomputed_tokens
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Of the step's rows."""
+        start = self.request.num_computed_tokens
+        num_known = self.num_scheduled_tokens - len(self.draft_token_ids)
+        return [*self.request.token_ids[start : start + num_known], *self.draft_token_ids]
+
+    def with_drafts(self, draft_token_ids: Sequence[int]) -> ScheduledRequest:
+        """The same, with drafts in its slots: at most so many."""
+        assert len(draft_token_ids) <= self.num_draft_slots and self.samples
+        num_scheduled_tokens = self.num_scheduled_tokens + len(draft_token_ids)
+        return ScheduledRequest(self.request, num_scheduled_tokens, draft_token_ids, self.num_draft_slots)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,34 +204,43 @@ class Scheduler:
             request.num_preemptions += 1
             request.status = RequestStatus.WAITING
 
-    def schedule(self) -> SchedulerOutput:
+    def schedule(self, num_drafts: Mapping[str, int] | None = None) -> SchedulerOutput:
+        """num_drafts: how many drafts, at most, are wanted of which requests: those get slots where there is room."""
         output = SchedulerOutput()
         self._num_prompt_logprobs_left = self.config.max_prompt_logprobs
         self._make_room(output)
         num_yielded = len(output.preempted)
         prompt_budget = self._prompt_budget()
-        budget, prompt_budget = self._schedule_running(output, self.config.max_num_batched_tokens, prompt_budget)
+        most = self.config.max_num_batched_tokens
+        budget, prompt_budget = self._schedule_running(output, most, prompt_budget, num_drafts or {})
         if len(output.preempted) == num_yielded:
             self._schedule_waiting(output, min(budget, prompt_budget))
         while not output.scheduled and self._preempt_parked(output):
             self._schedule_waiting(output, self.config.max_num_batched_tokens)
         return output
 
-    def update(self, output: SchedulerOutput, sampled: Mapping[str, int]) -> list[Request]:
-        """Account for a computed step: `sampled` has the next token of every scheduled request that samples.
+    def update(self, output: SchedulerOutput, sampled: Mapping[str, Sequence[int]]) -> list[Request]:
+        """Account for a computed step: `sampled` has the next tokens of every scheduled request that samples: those of
+        its drafts that were accepted and one more, none behind its end (Request.until_end).
 
         Returns the requests that ended.
         """
         ended = []
         for scheduled in output.scheduled:
             request = scheduled.request
-            request.num_computed_tokens += scheduled.num_scheduled_tokens
-            self._name_blocks(request, request.num_computed_tokens)
             if request.request_id in sampled:
-                request.token_ids.append(sampled[request.request_id])
-                request.finish_reason = _finish_reason(request)
+                token_ids = sampled[request.request_id]
+                assert 1 <= len(token_ids) <= 1 + len(scheduled.draft_token_ids)
+                # What was computed of rejected drafts is behind num_computed_tokens: it is written over, and no block
+                # is named for it. The last token has not been computed.
+                request.num_computed_tokens = request.num_tokens + len(token_ids) - 1
+                request.token_ids += token_ids
+                request.finish_reason = request.end_reason(request.token_ids[-1], request.num_output_tokens)
                 if request.finish_reason is not None:
                     ended.append(request)
+            else:
+                request.num_computed_tokens += scheduled.num_scheduled_tokens - len(scheduled.draft_token_ids)
+            self._name_blocks(request, request.num_computed_tokens)
         for request in ended:
             self._end(request)
         return ended
@@ -243,12 +274,16 @@ class Scheduler:
         num_tokens = int(self.prompt_tokens_per_step * max(1.0, num_prompts / num_decoding))
         return min(most, max(MIN_PROMPT_BUDGET, num_tokens))
 
-    def _schedule_running(self, output: SchedulerOutput, budget: int, prompt_budget: int) -> tuple[int, int]:
+    def _schedule_running(
+        self, output: SchedulerOutput, budget: int, prompt_budget: int, num_drafts: Mapping[str, int]
+    ) -> tuple[int, int]:
         def later(request: Request) -> tuple[bool, bool]:
             # Those that need one token first: a long prompt must not make them wait for the next step. Then prompts
             # that this step completes: nor must it make those wait until it is through.
             return request.num_uncomputed_tokens > 1, request.num_uncomputed_tokens > prompt_budget
 
+        # Drafts never take a request's own token out of the step, and leave prompts half of it.
+        spare = min(budget - len(self.running), budget // 2)
         leave = 2 if self.waiting and prompt_budget < self.config.max_num_batched_tokens else 1
         for request in sorted(self.running, key=later):
             if request.status is not RequestStatus.RUNNING:
@@ -260,8 +295,11 @@ class Scheduler:
             if num_tokens == 0:
                 continue
             if self._grow(request, request.num_computed_tokens + num_tokens, output):
-                self._take(request, num_tokens, output)
-                budget -= num_tokens
+                wanted = num_drafts.get(request.request_id, 0) if num_tokens == request.num_uncomputed_tokens else 0
+                num_slots = self._draft_slots(request, min(wanted, spare, budget - num_tokens)) if wanted else 0
+                self._take(request, num_tokens, output, num_slots)
+                budget -= num_tokens + num_slots
+                spare -= num_slots
                 prompt_budget -= num_tokens if is_prompt else 0
         return budget, prompt_budget
 
@@ -292,16 +330,31 @@ class Scheduler:
         cached, num_new = self._find_blocks(request)
         return num_new + self.pool.num_free_among(cached) - self.pool.num_free_blocks
 
+    def _draft_slots(self, request: Request, wanted: int) -> int:
+        """Room for so many drafts in the request's blocks, or for fewer: nobody is preempted for them, and a token that
+        max_tokens does not allow needs none."""
+        wanted = min(wanted, request.max_tokens - request.num_output_tokens - 1)
+        if wanted <= 0:
+            return 0
+        missing = self._num_blocks(request.num_tokens + wanted) - len(request.block_ids)
+        # Every running request may need a block for its own token.
+        missing = min(missing, self.pool.num_free_blocks - len(self.running))
+        if missing > 0:
+            fresh = self.pool.allocate(missing)
+            assert fresh is not None
+            request.block_ids += fresh
+        return min(wanted, len(request.block_ids) * self.config.block_size - request.num_tokens)
+
     def _num_to_schedule(self, request: Request, budget: int) -> int:
         num_tokens = min(request.num_uncomputed_tokens, budget)
         if request.num_missing_prompt_logprobs:
             num_tokens = min(num_tokens, self._num_prompt_logprobs_left)
         return num_tokens
 
-    def _take(self, request: Request, num_tokens: int, output: SchedulerOutput) -> None:
+    def _take(self, request: Request, num_tokens: int, output: SchedulerOutput, num_draft_slots: int = 0) -> None:
         if request.num_missing_prompt_logprobs:
             self._num_prompt_logprobs_left -= num_tokens
-        output.scheduled.append(ScheduledRequest(request, num_tokens))
+        output.scheduled.append(ScheduledRequest(request, num_tokens, num_draft_slots=num_draft_slots))
 
     def _schedule_waiting(self, output: SchedulerOutput, budget: int) -> None:
         for request in list(self.waiting):
@@ -444,11 +497,3 @@ class Scheduler:
 def _urgency(request: Request) -> tuple[int, int]:
     """The least goes first."""
     return request.priority, request.arrival
-
-
-def _finish_reason(request: Request) -> FinishReason | None:
-    if request.token_ids[-1] in request.stop_token_ids:
-        return FinishReason.STOP
-    if request.num_output_tokens >= request.max_tokens:
-        return FinishReason.LENGTH
-    return None

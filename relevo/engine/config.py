@@ -13,6 +13,9 @@ Device = Literal["auto", "cpu", "cuda"]
 AttentionBackend = Literal["auto", "reference", "cpu"]
 Quantization = Literal["none", "int8"]
 
+DEFAULT_DRAFTS = {"draft": 5, "ngram": 10, "suffix": 10}  # those who compute nothing for a draft may try more
+MAX_DRAFTS = 32
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -29,6 +32,9 @@ class EngineConfig:
     load_format: dummy makes random weights from config.json alone, by `seed`
     passes: replace modules of transformers by faster ones that were shown to be equal
     quantization: of the weights, while loading; int8 halves what a decoded token has to read
+    speculative: None, "draft:PATH" (a model; "draft:demo": the bundled one), "ngram" or "suffix"
+    num_speculative_tokens: drafts a step and request, at most; None: DEFAULT_DRAFTS
+    adaptive_speculation: drafts only where they are expected to pay
     threads: that compute on a CPU; None: as many as there are cores for this process
     turn_file: shared by the engines of a host that compute one at a time, each with all cores; see Turns
     """
@@ -47,6 +53,9 @@ class EngineConfig:
     attention_backend: AttentionBackend = "auto"
     passes: bool = True
     quantization: Quantization = "none"
+    speculative: str | None = None
+    num_speculative_tokens: int | None = None
+    adaptive_speculation: bool = True
     threads: int | None = None
     turn_file: str | None = None
 
@@ -57,6 +66,7 @@ class EngineConfig:
             "max_num_seqs",
             "max_num_batched_tokens",
             "max_model_len",
+            "num_speculative_tokens",
             "threads",
         ):
             value = getattr(self, name)
@@ -69,6 +79,28 @@ class EngineConfig:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}): every running request computes a token a step"
             )
+        if self.speculative is not None:
+            check_speculative(self.speculative)
+        elif self.num_speculative_tokens is not None:
+            raise StartupError("num_speculative_tokens says nothing without speculative: choose who makes the drafts")
+        if (self.num_speculative_tokens or 0) > MAX_DRAFTS:
+            raise StartupError(
+                f"num_speculative_tokens must be at most {MAX_DRAFTS}, not {self.num_speculative_tokens}"
+            )
+
+    @property
+    def max_drafts(self) -> int:
+        """A step and request."""
+        if self.speculative is None:
+            return 0
+        return self.num_speculative_tokens or DEFAULT_DRAFTS[self.speculative.partition(":")[0]]
+
+
+def check_speculative(value: str) -> None:
+    """Raises StartupError if this names no proposer."""
+    kind, colon, argument = value.partition(":")
+    if kind not in DEFAULT_DRAFTS or (kind == "draft") != bool(argument) or (colon and not argument):
+        raise StartupError(f"speculative must be draft:PATH, draft:demo, ngram or suffix, not {value!r}")
 
 
 @dataclass(frozen=True, slots=True)

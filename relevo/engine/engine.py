@@ -26,6 +26,8 @@ from relevo.engine.logits_processors import make_processor
 from relevo.engine.model_runner import ModelRunner, RunResult
 from relevo.engine.prompt_logprobs import max_rows
 from relevo.engine.sampler import SampledToken, Sampler
+from relevo.engine.spec_decode.make import load_draft_model, make_speculator
+from relevo.engine.spec_decode.speculator import Speculator
 from relevo.engine.step_result import (
     Chunk,
     Computed,
@@ -74,7 +76,10 @@ class Engine:
         )
         keep_freed_memory()
         layout = KVLayout(layers=model.layout_layers, dtype=model.dtype, block_size=config.block_size)
-        num_blocks = _num_blocks(config, layout, device)
+        draft = load_draft_model(config, kernels, device)
+        draft_layout = None if draft is None else KVLayout(draft.layout_layers, draft.dtype, config.block_size)
+        draft_bytes = 0 if draft_layout is None else draft_layout.block_bytes
+        num_blocks = _num_blocks(config, layout.block_bytes + draft_bytes, device)
         max_model_len = _max_model_len(config, model.max_model_len, num_blocks)
         eos_token_ids = generation_defaults(files).eos_token_ids
         self.info = EngineInfo(
@@ -99,7 +104,7 @@ class Engine:
             BlockPool(num_blocks),
         )
         sampler = Sampler(model.vocab_size, device, kernels)
-        self._runner = ModelRunner(model, self.kv_cache, kernels, sampler, eos_token_ids)
+        self.runner = ModelRunner(model, self.kv_cache, kernels, sampler, eos_token_ids)
         self._turns = Turns(config.turn_file) if config.turn_file and device.type == "cpu" else nullcontext()
         self._grammars = GrammarCompiler(
             lambda: Tokenizer.from_files(files), eos_token_ids, vocab_size=model.vocab_size, compile_seconds=math.inf
@@ -114,7 +119,12 @@ class Engine:
         self._step_times = StepTimes()
         self._step_stretch = config.step_stretch
         self._prompt_token_seconds = 0.0  # what one more token of a prompt adds to a step in which others decode
+        # To be exchanged only between requests.
+        self.speculator: Speculator | None = None
         self._warm_up()
+        if config.speculative is not None:
+            draft_cache = None if draft_layout is None else KVCache(draft_layout, num_blocks, device)
+            self.speculator = make_speculator(config, self.runner, draft, draft_cache)
 
     def make_request(
         self,
@@ -219,33 +229,42 @@ class Engine:
 
     def step(self) -> StepResult:
         self._take_compiled()
+        speculator = self.speculator
         began_at = time.monotonic()
-        output = self.scheduler.schedule()
+        output = self.scheduler.schedule(speculator.plan(self.scheduler.running) if speculator else None)
         started = time.perf_counter()
-        sampled: dict[str, SampledToken] = {}
+        sampled: dict[str, list[SampledToken]] = {}
         failed: dict[str, RelevoError] = {}
-        candidates: dict[str, BeamCandidates] = {}
-        run = RunResult({}, {})
+        run = RunResult({}, {}, {})
+        proposed = started
         if output.scheduled:
             with self._turns:
-                run = self._runner.run(output.scheduled)
-        for name, token in run.sampled.items():
-            if isinstance(token, RelevoError):
-                failed[name] = token
-            elif isinstance(token, list):
-                candidates[name] = token
+                if speculator:
+                    output = speculator.propose(output)
+                proposed = time.perf_counter()
+                run = self.runner.run(output.scheduled)
+        for name, result in run.sampled.items():
+            if isinstance(result, RelevoError):
+                failed[name] = result
             else:
-                sampled[name] = token
+                sampled[name] = result
+        if speculator and output.scheduled:
+            speculator.learn(output.scheduled, sampled, time.perf_counter() - proposed)
+        token_ids = {
+            entry.request.request_id: entry.request.until_end([token.token_id for token in tokens])
+            for entry in output.scheduled
+            if (tokens := sampled.get(entry.request.request_id))
+        }
         # Waiting for a turn counts: so long does a step take here.
-        self._measure(output, time.perf_counter() - started)
+        self._measure(output, sum(map(len, token_ids.values())), time.perf_counter() - started)
         chunks = chunks_of(output)
-        ended = self.scheduler.update(output, {name: token.token_id for name, token in sampled.items()})
+        ended = self.scheduler.update(output, token_ids)
         for name, error in failed.items():
             request = self._beams.drop(name) or self.scheduler.fail(name)
             if request is not None:  # else another hypothesis of the same search has failed before
                 self._end(request, error)
-        beams = self._advance_beams(candidates)
-        return self._result(output, run, sampled, ended, beams, chunks, began_at)
+        beams = self._advance_beams(run.candidates)
+        return self._result(output, run, token_ids, sampled, ended, beams, chunks, began_at)
 
     def _advance_beams(self, candidates: dict[str, BeamCandidates]) -> list[EndedBeams]:
         if not candidates:
@@ -261,8 +280,7 @@ class Engine:
 
     def _end(self, request: Request, error: RelevoError | None) -> None:
         """Of what ends otherwise than by its tokens; the next result tells."""
-        ended = EndedRequest(request.request_id, FinishReason.CANCELLED, request.num_cached_tokens, error)
-        self._cancelled.append(ended)
+        self._cancelled.append(self._ended(request, FinishReason.CANCELLED, error))
 
     def _take_compiled(self) -> None:
         """Give requests whose grammars are there to the scheduler; those whose grammars are wrong end."""
@@ -290,13 +308,15 @@ class Engine:
             prefill_tokens_per_second=self._prefill_tokens_per_second,
             step_seconds=self._step_times.step_seconds,
             step_seconds_per_request=self._step_times.step_seconds_per_request,
+            speculation=self.speculator.stats() if self.speculator else None,
         )
 
     def _result(
         self,
         output: SchedulerOutput,
         run: RunResult,
-        sampled: dict[str, SampledToken],
+        token_ids: dict[str, list[int]],
+        sampled: dict[str, list[SampledToken]],
         ended: list[Request],
         beams: list[EndedBeams],
         chunks: list[Chunk],
@@ -318,15 +338,15 @@ class Engine:
             ],
             prompt_logprobs=[PromptLogprobs(name, logprobs) for name, logprobs in run.prompt_logprobs.items()],
             tokens=[
-                NewTokens(name, [token.token_id], [token.logprobs] if token.logprobs else [])
-                for name, token in sampled.items()
+                NewTokens(name, ids, [token.logprobs for token in sampled[name][: len(ids)] if token.logprobs])
+                for name, ids in token_ids.items()
             ],
             beams=beams,
+            # A grammar that has failed has left nothing but the end of text.
             ended=cancelled
-            + [EndedRequest(b.request.request_id, b.beams[0].finish_reason, b.request.num_cached_tokens) for b in beams]
+            + [self._ended(b.request, b.beams[0].finish_reason) for b in beams]
             + [
-                # A grammar that has failed has left nothing but the end of text.
-                EndedRequest(r.request_id, r.finish_reason, r.num_cached_tokens, r.grammar.error if r.grammar else None)
+                self._ended(r, r.finish_reason, r.grammar.error if r.grammar else None)
                 for r in ended
                 if r.finish_reason
             ],
@@ -338,16 +358,27 @@ class Engine:
             ended_at=time.monotonic(),
         )
 
-    def _measure(self, output: SchedulerOutput, seconds: float) -> None:
+    def _ended(self, request: Request, reason: FinishReason, error: RelevoError | None = None) -> EndedRequest:
+        num_drafted = num_accepted = 0
+        if self.speculator is not None:
+            if reason is not FinishReason.CANCELLED:
+                self.speculator.ended(request)
+            num_drafted, num_accepted = self.speculator.forget(request.request_id)
+        return EndedRequest(request.request_id, reason, request.num_cached_tokens, error, num_drafted, num_accepted)
+
+    def _measure(self, output: SchedulerOutput, num_sampled_tokens: int, seconds: float) -> None:
         if not output.scheduled:
             return
+        num_rows = output.num_scheduled_tokens - sum(len(entry.draft_token_ids) for entry in output.scheduled)
         # Chunks worth the name: the tail of a split request is a handful of rows and says nothing of a prompt's speed.
-        if output.num_scheduled_tokens >= len(output.scheduled) + 2 * self.info.block_size:
-            rate = output.num_scheduled_tokens / seconds
+        if num_rows >= len(output.scheduled) + 2 * self.info.block_size:
+            rate = num_rows / seconds
             self._prefill_tokens_per_second = _mean(self._prefill_tokens_per_second, rate)
-        elif output.num_scheduled_tokens == len(output.scheduled):
-            self._step_times.add(len(output.scheduled), seconds)
-        self._measure_stretch(output, seconds)
+        elif num_rows == len(output.scheduled) <= num_sampled_tokens:
+            # What a token takes: those that come of accepted drafts take no step of their own.
+            self._step_times.add(num_rows, seconds * num_rows / num_sampled_tokens)
+        if num_rows == output.num_scheduled_tokens:  # drafts take time as well
+            self._measure_stretch(output, seconds)
 
     def _measure_stretch(self, output: SchedulerOutput, seconds: float) -> None:
         """Tell the scheduler how many tokens of prompts stretch a step by as much as it may be stretched."""
@@ -382,9 +413,9 @@ class Engine:
 def chunks_of(output: SchedulerOutput) -> list[Chunk]:
     """What a step is to compute of prompts; plain steps of running requests are none. Before the step is accounted."""
     return [
-        Chunk(entry.request.request_id, entry.num_scheduled_tokens)
+        Chunk(entry.request.request_id, entry.num_scheduled_tokens - len(entry.draft_token_ids))
         for entry in output.scheduled
-        if entry.num_scheduled_tokens > 1 or not entry.request.num_output_tokens
+        if entry.num_scheduled_tokens - len(entry.draft_token_ids) > 1 or not entry.request.num_output_tokens
     ]
 
 
@@ -400,15 +431,16 @@ def _choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def _num_blocks(config: EngineConfig, layout: KVLayout, device: torch.device) -> int:
-    num_blocks = config.kv_cache_memory // layout.block_bytes
+def _num_blocks(config: EngineConfig, block_bytes: int, device: torch.device) -> int:
+    """block_bytes: the draft model's share included"""
+    num_blocks = config.kv_cache_memory // block_bytes
     if num_blocks < 2:
         raise StartupError(
-            f"kv_cache_memory of {config.kv_cache_memory} bytes holds {num_blocks} blocks of {layout.block_bytes} "
+            f"kv_cache_memory of {config.kv_cache_memory} bytes holds {num_blocks} blocks of {block_bytes} "
             "bytes; at least 2 are needed"
         )
     available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if num_blocks * layout.block_bytes > available:
+    if num_blocks * block_bytes > available:
         raise StartupError(
             f"kv_cache_memory of {config.kv_cache_memory / 2**30:.2f} GiB does not fit: "
             f"{available / 2**30:.2f} GiB are free on {device.type} after loading the model"

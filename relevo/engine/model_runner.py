@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
-import numpy as np
 import torch
 
+from relevo.core.errors import RelevoError
 from relevo.core.scheduler import ScheduledRequest
+from relevo.engine.batch import Span, flat_batch
+from relevo.engine.beams import BeamCandidates
 from relevo.engine.grammar_masks import GrammarMasks
 from relevo.engine.kv_cache import KVCache
 from relevo.engine.logits_processing import SamplingRow
 from relevo.engine.logprobs import TokenLogprobs
 from relevo.engine.prompt_logprobs import PromptRows
-from relevo.engine.sampler import Sampled, Sampler
+from relevo.engine.sampler import SampledToken, Sampler
+from relevo.engine.spec_decode.verification import accept, sampling_rows
 from relevo.kernels import Kernels
-from relevo.kernels.metadata import AttentionMetadata
 from relevo.models.attention import AttentionContext
 from relevo.models.causal_lm import CausalLM
 
@@ -25,11 +28,14 @@ from relevo.models.causal_lm import CausalLM
 class RunResult:
     """By request id.
 
-    sampled: of each request whose known tokens are all computed, what follows them
+    sampled: of each request whose known tokens are all computed, what follows them: the drafts that are accepted, and
+        one more, or why there is none. They may go on behind the request's end
+    candidates: of those that are hypotheses of a beam search, instead
     prompt_logprobs: of those prompts' tokens that a step has computed and that are asked for
     """
 
-    sampled: dict[str, Sampled]
+    sampled: dict[str, list[SampledToken] | RelevoError]
+    candidates: dict[str, BeamCandidates]
     prompt_logprobs: dict[str, list[TokenLogprobs]]
 
 
@@ -51,59 +57,33 @@ class ModelRunner:
     def run(self, scheduled: Sequence[ScheduledRequest]) -> RunResult:
         """Compute the scheduled tokens."""
         token_ids: list[int] = []
-        last_rows: list[int] = []  # of the requests that sample: where their last token is in the flat batch
+        sampled_rows: list[int] = []  # of the flat batch: those whose logits choose tokens
         rows: list[SamplingRow] = []
-        names: list[str] = []
+        sampling: list[ScheduledRequest] = []
         prompt_rows = PromptRows()
         for entry in scheduled:
-            request = entry.request
-            start = request.num_computed_tokens
             prompt_rows.add(entry, len(token_ids))
-            token_ids += request.token_ids[start : start + entry.num_scheduled_tokens]
+            token_ids += entry.token_ids
             if entry.samples:
-                names.append(request.request_id)
-                last_rows.append(len(token_ids) - 1)
-                rows.append(
-                    SamplingRow(
-                        request.sampling,
-                        request.token_ids,
-                        request.num_prompt_tokens,
-                        self.eos_token_ids,
-                        request.grammar,
-                    )
-                )
+                sampling.append(entry)
+                own = sampling_rows(entry.request, entry.draft_token_ids, self.eos_token_ids)
+                sampled_rows += range(len(token_ids) - len(own), len(token_ids))
+                rows += own
         masks = self._grammar_masks.begin(rows)
-        positions, metadata = self._metadata(scheduled)
+        spans = [Span(e.request.block_ids, e.request.num_computed_tokens, e.num_scheduled_tokens) for e in scheduled]
+        positions, metadata = flat_batch(spans, self.block_size, self.device)
         logits = self.model.forward(
             torch.tensor(token_ids, device=self.device),
             positions,
             AttentionContext(metadata=metadata, layers=self.kv_cache.layers, kernels=self.kernels),
-            torch.tensor(last_rows + prompt_rows.indices, dtype=torch.int64, device=self.device),
+            torch.tensor(sampled_rows + prompt_rows.indices, dtype=torch.int64, device=self.device),
         )
-        sampled = self.sampler.sample(logits[: len(rows)], rows, masks.result() if masks else None)
-        prompt_logprobs = prompt_rows.score(self.kernels, logits[len(rows) :])
-        return RunResult(dict(zip(names, sampled, strict=True)), prompt_logprobs)
-
-    def _metadata(self, scheduled: Sequence[ScheduledRequest]) -> tuple[torch.Tensor, AttentionMetadata]:
-        counts = np.array([entry.num_scheduled_tokens for entry in scheduled], dtype=np.int32)
-        starts = np.array([entry.request.num_computed_tokens for entry in scheduled], dtype=np.int32)
-        cu_seqlens_q = np.zeros(len(scheduled) + 1, dtype=np.int32)
-        np.cumsum(counts, out=cu_seqlens_q[1:])
-        positions = np.arange(cu_seqlens_q[-1], dtype=np.int64) + np.repeat(starts - cu_seqlens_q[:-1], counts)
-
-        block_table = np.zeros((len(scheduled), max(len(e.request.block_ids) for e in scheduled)), dtype=np.int32)
-        for row, entry in enumerate(scheduled):
-            block_table[row, : len(entry.request.block_ids)] = entry.request.block_ids
-        block_ids = block_table[np.repeat(np.arange(len(scheduled)), counts), positions // self.block_size]
-        slot_mapping = block_ids.astype(np.int64) * self.block_size + positions % self.block_size
-
-        seq_lens = starts + counts
-        metadata = AttentionMetadata(
-            block_table=torch.from_numpy(block_table).to(self.device),
-            slot_mapping=torch.from_numpy(slot_mapping).to(self.device),
-            seq_lens=torch.from_numpy(seq_lens).to(self.device),
-            cu_seqlens_q=torch.from_numpy(cu_seqlens_q).to(self.device),
-            max_query_len=int(counts.max()),
-            max_seq_len=int(seq_lens.max()),
-        )
-        return torch.from_numpy(positions).to(self.device), metadata
+        drawn = iter(self.sampler.sample(logits[: len(rows)], rows, masks.result() if masks else None))
+        result = RunResult({}, {}, prompt_rows.score(self.kernels, logits[len(rows) :]))
+        for entry in sampling:
+            own_drawn = list(islice(drawn, 1 + len(entry.draft_token_ids)))
+            if isinstance(own_drawn[0], list):
+                result.candidates[entry.request.request_id] = own_drawn[0]
+            else:
+                result.sampled[entry.request.request_id] = accept(entry.draft_token_ids, own_drawn)
+        return result

@@ -9,6 +9,7 @@ from relevo.core.errors import RelevoError
 from relevo.core.request import FinishReason
 from relevo.engine.beams import EndedBeams
 from relevo.engine.logprobs import TokenLogprobs
+from relevo.engine.spec_decode.stats import SpecDecodeStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,8 @@ class EndedRequest:
     finish_reason: FinishReason
     num_cached_tokens: int
     error: RelevoError | None = None
+    num_draft_tokens: int = 0  # proposed for it
+    num_accepted_tokens: int = 0  # of those
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +74,9 @@ class EngineLoad:
     num_waiting_tokens: int = 0  # known and not computed, of all requests
     num_free_blocks: int = 0
     prefill_tokens_per_second: float = 0.0
-    step_seconds: float = 0.0  # of steps without prompts
+    step_seconds: float = 0.0  # of steps without prompts, for each token that a request got: drafts shorten it
     step_seconds_per_request: float = 0.0  # what one more request in the batch adds to such a step
+    speculation: SpecDecodeStats | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,7 +170,7 @@ class Kernels(Protocol):
         """Draw a token from each row: temperature, then min_p, top_k, top_p as in `sampling.filtered_weights`.
 
         logits:   [n, vocab] float32, each row's maximum finite
-        uniforms: a number in [0, 1) a row, at which its cumulative distribution in the order of ids is inverted
+        uniforms: a number in [0, 1) a row, of which all of its random numbers are made; see `sampling.draw`
         the rest: one value a row; min_p 0, top_k 0 and top_p 1 leave a row as it is
         returns:  ids, [n] int64
 

@@ -161,7 +161,8 @@ class DecodeRequest:
         self._error = self._error or ended.error
         stages = self._stages.ended(self._num_tokens)
         if self._error is None:
-            self._reply.end(finished(ended.finish_reason, num_cached_tokens, stages))
+            drafts = ended.num_draft_tokens, ended.num_accepted_tokens
+            self._reply.end(finished(ended.finish_reason, num_cached_tokens, stages, *drafts))
         else:
             self._reply.end(failed(self._error, num_cached_tokens, stages))
         self._log("ended: %s", ended.finish_reason.value if self._error is None else self._error.message)

@@ -63,6 +63,7 @@ def sampling_from_pb(message: pb.SamplingParams, *, max_tokens: int | None = Non
         logprobs=message.logprobs if message.HasField("logprobs") else None,
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
+        num_speculative_tokens=(message.num_speculative_tokens if message.HasField("num_speculative_tokens") else None),
         allowed_token_ids=tuple(message.allowed_token_ids) or None,
         bad_words_token_ids=tuple(tuple(word.token_ids) for word in message.bad_words),
         logprob_token_ids=tuple(message.logprob_token_ids),
@@ -81,8 +82,20 @@ def tokens_to_pb(tokens: NewTokens, stages: pb.Stages | None = None) -> pb.Token
     return pb.Tokens(token_ids=tokens.token_ids, logprobs=logprobs_to_pb(tokens.logprobs), stages=stages)
 
 
-def finished(reason: FinishReason, num_cached_tokens: int, stages: pb.Stages | None = None) -> pb.Ended:
-    return pb.Ended(finish_reason=_FINISH_REASONS[reason], num_cached_tokens=num_cached_tokens, stages=stages)
+def finished(
+    reason: FinishReason,
+    num_cached_tokens: int,
+    stages: pb.Stages | None = None,
+    num_draft_tokens: int = 0,
+    num_accepted_tokens: int = 0,
+) -> pb.Ended:
+    return pb.Ended(
+        finish_reason=_FINISH_REASONS[reason],
+        num_cached_tokens=num_cached_tokens,
+        num_draft_tokens=num_draft_tokens,
+        num_accepted_tokens=num_accepted_tokens,
+        stages=stages,
+    )
 
 
 def failed(error: RelevoError, num_cached_tokens: int = 0, stages: pb.Stages | None = None) -> pb.Ended:
@@ -105,6 +118,7 @@ def load_to_pb(load: EngineLoad, transfer_bytes_per_second: float) -> pb.Load:
         step_seconds=load.step_seconds,
         step_seconds_per_request=load.step_seconds_per_request,
         transfer_bytes_per_second=transfer_bytes_per_second,
+        spec_decode_acceptance_length=load.speculation.acceptance_length if load.speculation else 0.0,
     )
 
 

@@ -8,6 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from relevo.engine.spec_decode.stats import SpecDecodeStats
 from services.worker.worker import Worker
 
 
@@ -52,5 +53,30 @@ class WorkerCollector(Collector):
         yield CounterMetricFamily(
             "relevo_worker_requests", "Requests taken on since the start", value=self._worker.num_registered
         )
+        yield from _speculation(self._worker.speculation)
         for metric in self._worker.transfers.metrics:
             yield from metric.collect()
+
+
+def _speculation(stats: SpecDecodeStats) -> Iterator[Metric]:
+    for name, text, value in (
+        ("drafts", "Of requests, in how many steps they had drafts", stats.num_drafts),
+        ("draft_tokens", "Tokens that were drafted", stats.num_draft_tokens),
+        ("accepted_tokens", "Of those, tokens that were accepted", stats.num_accepted_tokens),
+        ("propose_seconds", "Time in the proposer", stats.propose_seconds),
+        ("verify_seconds", "Time in passes that verified drafts, all of their rows included", stats.verify_seconds),
+    ):
+        yield CounterMetricFamily(f"relevo_spec_decode_{name}", text, value=value)
+    positions = CounterMetricFamily(
+        "relevo_spec_decode_accepted_tokens_per_pos",
+        "The same, by position behind the known tokens",
+        labels=["position"],
+    )
+    for position, value in enumerate(stats.num_accepted_tokens_per_pos):
+        positions.add_metric([str(position)], value)
+    yield positions
+    yield GaugeMetricFamily(
+        "relevo_spec_decode_acceptance_length",
+        "Mean of the tokens that recent drafts brought in a step, one behind them included",
+        value=stats.acceptance_length,
+    )

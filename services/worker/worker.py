@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from relevo.core.block_hash import BlockHash
 from relevo.core.errors import Exhausted, RelevoError, Unavailable
 from relevo.core.request import Request
+from relevo.engine.spec_decode.stats import SpecDecodeStats
 from relevo.engine.step_result import StepResult
 from services.common.block_events import BlockEvents
 from services.pb.messages_pb2 import Load
@@ -58,6 +59,7 @@ class Worker:
         self._waiting: set[str] = set()  # of _listeners: those that have no blocks yet
         self._sessions: set[Stream] = set()
         self._session_numbers = count(1)
+        self.speculation = SpecDecodeStats()
         self._draining = False
         self._engine_is_dead = False
         self._idle = asyncio.Event()
@@ -163,6 +165,7 @@ class Worker:
     def _on_step(self, result: StepResult) -> None:
         self.step_began_at, self.step_ended_at = result.began_at, result.ended_at
         self.load = load_to_pb(result.load, self.transfers.bytes_per_second)
+        self.speculation = result.load.speculation or self.speculation
         self.load.draining = self._draining
         if result.removed or result.stored:
             self.block_events.apply(result.removed, result.stored)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -12,7 +14,7 @@ from tests.support.builders import make_request, make_scheduler
 def step(scheduler: Scheduler) -> tuple[SchedulerOutput, list[Request]]:
     """One step in which every request that samples gets a token that its position determines."""
     output = scheduler.schedule()
-    sampled = {e.request.request_id: next_token(e.request) for e in output.scheduled if e.samples}
+    sampled = {e.request.request_id: [next_token(e.request)] for e in output.scheduled if e.samples}
     ended = scheduler.update(output, sampled)
     scheduler.check()
     return output, ended
@@ -20,6 +22,31 @@ def step(scheduler: Scheduler) -> tuple[SchedulerOutput, list[Request]]:
 
 def next_token(request: Request) -> int:
     return 1000 + request.num_tokens
+
+
+def with_drafts(output: SchedulerOutput, num_right: int) -> SchedulerOutput:
+    """Drafts in all slots, of which the first are what will be sampled."""
+    entries = [
+        entry.with_drafts(
+            [1000 + entry.request.num_tokens + i if i < num_right else 9000 + i for i in range(entry.num_draft_slots)]
+        )
+        if entry.num_draft_slots
+        else entry
+        for entry in output.scheduled
+    ]
+    return replace(output, scheduled=entries)
+
+
+def accepted(output: SchedulerOutput) -> dict[str, list[int]]:
+    """The drafts that equal what would be sampled anyway, and one token more; up to the request's end."""
+    sampled = {}
+    for entry in output.scheduled:
+        if entry.samples:
+            num_tokens, drafts = entry.request.num_tokens, entry.draft_token_ids
+            right = [draft == 1000 + num_tokens + i for i, draft in enumerate(drafts)]
+            count = 1 + (right.index(False) if False in right else len(right))
+            sampled[entry.request.request_id] = entry.request.until_end([1000 + num_tokens + i for i in range(count)])
+    return sampled
 
 
 def scheduled(output: SchedulerOutput) -> dict[str, int]:
@@ -33,6 +60,56 @@ def test_long_prompt_is_computed_in_chunks_and_others_get_their_token_each_step(
     scheduler.add(make_request("long", range(100, 120), max_tokens=2))
     chunks = [scheduled(step(scheduler)[0]) for _ in range(3)]
     assert chunks == [{"short": 1, "long": 7}, {"short": 1, "long": 7}, {"short": 1, "long": 6}]
+
+
+def test_drafts_get_rows_behind_the_known_tokens_and_accepted_ones_advance_the_request() -> None:
+    scheduler = make_scheduler(num_blocks=32)
+    request = make_request("r", range(6), max_tokens=9)
+    scheduler.add(request)
+    step(scheduler)
+    output = with_drafts(scheduler.schedule({"r": 3}), num_right=2)
+    assert [(e.token_ids, e.num_scheduled_tokens) for e in output.scheduled] == [([1006, 1007, 1008, 9002], 4)]
+    scheduler.update(output, accepted(output))
+    scheduler.check()
+    assert request.output_token_ids == [1006, 1007, 1008, 1009]
+    assert request.num_computed_tokens == 9  # the draft that was rejected is not
+
+
+def test_blocks_are_never_named_for_rejected_drafts() -> None:
+    scheduler = make_scheduler(num_blocks=32)
+    request = make_request("r", range(5), max_tokens=20)
+    scheduler.add(request)
+    step(scheduler)
+    output = with_drafts(scheduler.schedule({"r": 7}), num_right=0)
+    assert output.num_scheduled_tokens == 8  # two blocks are computed to their end
+    scheduler.update(output, accepted(output))
+    assert request.num_named_blocks == 1 and len(scheduler.pool._block_of) == 1
+
+
+def test_an_end_among_the_accepted_drafts_is_the_last_token() -> None:
+    scheduler = make_scheduler(num_blocks=32)
+    stops = make_request("stops", range(5), max_tokens=20, stop_token_ids=[1007])
+    full = make_request("full", range(50, 55), max_tokens=4)
+    scheduler.add(stops)
+    scheduler.add(full)
+    step(scheduler)
+    output = with_drafts(scheduler.schedule({"stops": 5, "full": 5}), num_right=5)
+    ended = scheduler.update(output, accepted(output))
+    scheduler.check()
+    assert {request.request_id: request.finish_reason for request in ended} == {
+        "stops": FinishReason.STOP,
+        "full": FinishReason.LENGTH,
+    }
+    assert stops.output_token_ids == [1005, 1006, 1007] and full.output_token_ids == [1005, 1006, 1007, 1008]
+
+
+def test_nobody_is_preempted_for_drafts() -> None:
+    scheduler = make_scheduler(num_blocks=5, max_num_batched_tokens=32)
+    for name, base in (("a", 0), ("b", 50)):
+        scheduler.add(make_request(name, range(base, base + 7), max_tokens=3))
+    step(scheduler)
+    output = scheduler.schedule({"a": 2, "b": 2})
+    assert not output.preempted and len(output.scheduled) == 2
 
 
 def test_ends_with_length_and_with_a_stop_token() -> None:
@@ -229,20 +306,24 @@ class SchedulerMachine(RuleBasedStateMachine):
     def measure(self, num_tokens: float | None) -> None:
         self.scheduler.prompt_tokens_per_step = num_tokens
 
-    @rule()
-    def step(self) -> None:
-        output = self.scheduler.schedule()
+    @rule(num_drafts=st.integers(0, 6), num_right=st.integers(0, 6))
+    def step(self, num_drafts: int = 0, num_right: int = 0) -> None:
+        output = self.scheduler.schedule(dict.fromkeys(self.open, num_drafts))
         assert list(self.scheduler.waiting) == sorted(self.scheduler.waiting, key=lambda r: (r.priority, r.arrival))
         assert output.num_scheduled_tokens <= self.scheduler.config.max_num_batched_tokens
         assert len({id(entry.request) for entry in output.scheduled}) == len(output.scheduled)
         for entry in output.scheduled:
             assert entry.num_scheduled_tokens > 0 and entry.request.status is RequestStatus.RUNNING
-        sampled = {e.request.request_id: next_token(e.request) for e in output.scheduled if e.samples}
-        for request in self.scheduler.update(output, sampled):
+            assert entry.num_draft_slots <= num_drafts and (entry.samples or not entry.num_draft_slots)
+        output = with_drafts(output, num_right)
+        assert output.num_scheduled_tokens <= self.scheduler.config.max_num_batched_tokens
+        self.scheduler.check()
+        for request in self.scheduler.update(output, accepted(output)):
             assert self.open.pop(request.request_id) is request
             assert request.output_token_ids == [
                 1000 + request.num_prompt_tokens + i for i in range(request.num_output_tokens)
             ]
+            assert request.num_output_tokens <= request.max_tokens
             if request.hold_blocks:
                 self.held.add(request.request_id)
 
@@ -311,7 +392,7 @@ def test_same_prompts_hold_its_full_blocks_once() -> None:
         if step < 2:
             assert not {"r1", "r2", "r3"} & set(names)
         computed += output.num_scheduled_tokens
-        scheduler.update(output, {e.request.request_id: 7 for e in output.scheduled if e.samples})
+        scheduler.update(output, {e.request.request_id: [7] for e in output.scheduled if e.samples})
         scheduler.check()
         if len(scheduler.running) == 4:
             held = {block_id for request in scheduler.running for block_id in request.block_ids}

@@ -81,7 +81,7 @@ def test_no_more_rows_of_logits_are_held_than_allowed(tiny_models: TinyModels, m
     path = tiny_models.path("llama")
     monkeypatch.setattr(prompt_logprobs, "MAX_LOGITS", 320 * 10)
     llm = LLM(str(path), **SMALL)
-    model = llm._engine._runner.model
+    model = llm._engine.runner.model
     forward = type(model).forward
     num_rows: list[int] = []
 

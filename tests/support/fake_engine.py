@@ -136,7 +136,7 @@ class FakeEngine:
         for entry in output.scheduled:
             self._compute(entry.request, entry.num_scheduled_tokens)
         sampled = {e.request.request_id: next_token(e.request.token_ids) for e in output.scheduled if e.samples}
-        ended = scheduler.update(output, sampled)
+        ended = scheduler.update(output, {name: [token] for name, token in sampled.items()})
         scheduler.check()
         stored, removed = scheduler.pool.drain_events()
         cancelled, self._cancelled = self._cancelled, []

@@ -15,11 +15,11 @@ from relevo.kernels.cpu.calls import Call, scratch
 from relevo.kernels.cpu.jit import CFunction, callback, jit, sources_digest
 from relevo.kernels.cpu.keys import BLOCK, token_of
 from relevo.kernels.cpu.nucleus import HEAP_ENTRY, HISTOGRAM_BYTES, keep_nucleus
+from relevo.kernels.cpu.race import race
 from relevo.kernels.cpu.simd import (
     double_of,
     fetch_add,
     float_of,
-    load_double,
     load_float,
     load_int64,
     record,
@@ -33,7 +33,6 @@ from relevo.kernels.cpu.weights import (
     exponentials,
     largest_logit,
     normalize,
-    weight_of,
 )
 
 VECTOR_COST = 16  # per logit, in what other kernels do per element
@@ -141,10 +140,8 @@ def _draw_row(params: Params, logits: int, vocab: int, memory: int) -> int:
     top_p = double_of(params.top_p)
     if top_p < 1.0:
         lowest = keep_nucleus(memory, blocks, lowest, math.ceil(top_p * weight) * 1.0, histogram, heap)
-        weight = _weigh(memory, sums, blocks, lowest)
-    # Rounding up to `weight` itself would point past the last token that may be drawn.
-    target = min(math.floor(double_of(params.uniform) * weight) * 1.0, weight - 1.0)
-    return _token_at(memory, sums, lowest, target)
+        _weigh(memory, sums, blocks, lowest)
+    return race(memory, sums, blocks, lowest, int(double_of(params.uniform) * 2.0**53))
 
 
 @jit
@@ -162,20 +159,3 @@ def _weigh(row: int, sums: int, blocks: int, lowest: float) -> float:
         store_double(sums + 8 * block, weight)
         total += weight
     return total
-
-
-@jit
-def _token_at(row: int, sums: int, lowest: float, target: float) -> int:
-    """The first token up to which the weights exceed the target, which is less than their sum."""
-    before, block = 0.0, 0
-    while before + load_double(sums + 8 * block) <= target:
-        before += load_double(sums + 8 * block)
-        block += 1
-    token_id = BLOCK * block
-    while True:
-        p = load_float(row + 4 * token_id)
-        if p >= lowest:
-            before += weight_of(p)
-            if before > target:
-                return token_id
-        token_id += 1

@@ -22,6 +22,7 @@ from services.router.http.unsupported import ANY, CHAT, COMPLETION, Harmless
 
 MAX_N = 128
 MAX_STOP_STRINGS = 64
+MAX_SPECULATIVE_TOKENS = 2**32 - 1
 MAX_PRIORITY = 2**31 - 1
 MAX_ALLOWED_IDS = 65_536
 MAX_BAD_WORDS = 256
@@ -118,6 +119,12 @@ class SamplingBody(RequestBody):
     )
     stop_token_ids: list[int] = Field([], max_length=MAX_LISTED_IDS, description="These end the answer.")
     ignore_eos: bool = False
+    num_speculative_tokens: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_SPECULATIVE_TOKENS,
+        description="Most drafts a step; 0 = none. Changes speed, never the answer.",
+    )
     skip_special_tokens: bool = Field(True, description="Leave special tokens out of the text.")
     include_stop_str_in_output: bool = Field(False, description="The text ends with what ended it.")
     allowed_token_ids: list[int] | None = Field(
