@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -23,16 +22,22 @@ class TokenChannel(grpc.aio.Channel):
         self._metadata = tuple(metadata)
 
     def unary_unary(self, *args: Any, **kwargs: Any) -> Any:
-        return partial(self._channel.unary_unary(*args, **kwargs), metadata=self._metadata)
+        return self._with_token(self._channel.unary_unary(*args, **kwargs))
 
     def unary_stream(self, *args: Any, **kwargs: Any) -> Any:
-        return partial(self._channel.unary_stream(*args, **kwargs), metadata=self._metadata)
+        return self._with_token(self._channel.unary_stream(*args, **kwargs))
 
     def stream_unary(self, *args: Any, **kwargs: Any) -> Any:
-        return partial(self._channel.stream_unary(*args, **kwargs), metadata=self._metadata)
+        return self._with_token(self._channel.stream_unary(*args, **kwargs))
 
     def stream_stream(self, *args: Any, **kwargs: Any) -> Any:
-        return partial(self._channel.stream_stream(*args, **kwargs), metadata=self._metadata)
+        return self._with_token(self._channel.stream_stream(*args, **kwargs))
+
+    def _with_token(self, make_call: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, metadata: Metadata | None = None, **kwargs: Any) -> Any:
+            return make_call(*args, metadata=(*self._metadata, *(metadata or ())), **kwargs)
+
+        return call
 
     async def __aenter__(self) -> TokenChannel:
         await self._channel.__aenter__()

@@ -126,6 +126,9 @@ class _DisturbedContext:
         self._context = context
         self._faults = faults
 
+    def invocation_metadata(self) -> Any:
+        return self._context.invocation_metadata()
+
     async def read(self) -> Any:
         message = await self._context.read()  # first: an operation begins when there is something to be done
         await self._befall()

@@ -11,8 +11,8 @@ def test_all_chats_get_a_token_in_every_step_while_a_long_prompt_is_read() -> No
     beside: list[dict[str, int]] = []
     schedule = engine.scheduler.schedule
 
-    def recorded() -> object:
-        output = schedule()
+    def recorded(num_drafts: dict[str, int] | None = None) -> object:
+        output = schedule(num_drafts)
         rows = {entry.request.request_id: entry.num_scheduled_tokens for entry in output.scheduled}
         if "long" in rows:
             beside.append(rows)
