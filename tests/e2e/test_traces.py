@@ -171,7 +171,7 @@ def test_parts_add_up_to_what_the_client_measures(serve: Serve) -> None:
     busy = os.getloadavg()[0] > 2 * (os.cpu_count() or 1)
     if len(measured) < NUM_REQUESTS and busy:
         pytest.skip(f"too much else runs here: {shown}")
-    # A process that the machine lets wait between two looks at its clock cannot know: one in fifty, and more where busy.
+    # A process that the machine lets wait between two looks at its clock cannot know it: one in fifty, more where busy.
     assert len(wrong) <= (0.1 if busy else 0.02) * len(measured), shown
     assert len(measured) >= NUM_REQUESTS, f"the machine stalls: {number - 1000} were asked for"
     assert 0 < len(splits) < NUM_REQUESTS, "not both kinds were served"
