@@ -11,7 +11,8 @@ from relevo.core.block_pool import BlockPool
 from relevo.core.placement import WorkerView
 from relevo.core.request import Request
 from relevo.core.sampling_params import SamplingParams
-from relevo.core.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
+from relevo.core.schedule import SchedulerConfig, SchedulerOutput
+from relevo.core.scheduler import Scheduler
 from relevo.core.worker_load import WorkerLoad
 
 _SAMPLING = SamplingParams(max_tokens=1, temperature=0.0, seed=0)

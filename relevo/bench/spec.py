@@ -23,7 +23,7 @@ from torch import Tensor
 
 from relevo.core.request import Request
 from relevo.core.sampling_params import SamplingParams
-from relevo.core.scheduler import ScheduledRequest
+from relevo.core.schedule import ScheduledRequest
 from relevo.engine.engine import Engine
 from relevo.engine.grammar_masks import Masks
 from relevo.engine.logits_processing import SamplingRow

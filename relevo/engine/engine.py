@@ -8,24 +8,23 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 
-import psutil
-import torch
-
 from relevo.allocator import keep_freed_memory
 from relevo.core.block_hash import BlockHash, root_hash
 from relevo.core.block_pool import BlockPool
-from relevo.core.errors import InvalidRequest, RelevoError, StartupError
+from relevo.core.errors import InvalidRequest, RelevoError
 from relevo.core.request import FinishReason, Request
 from relevo.core.sampling_params import SamplingParams
-from relevo.core.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
-from relevo.core.step_times import StepTimes
+from relevo.core.schedule import SchedulerConfig, SchedulerOutput
+from relevo.core.scheduler import Scheduler
 from relevo.engine.beams import BeamCandidates, BeamGroups, EndedBeams
 from relevo.engine.config import EngineConfig, EngineInfo
 from relevo.engine.kv_cache import KVCache
 from relevo.engine.logits_processors import make_processor
 from relevo.engine.model_runner import ModelRunner, RunResult
 from relevo.engine.prompt_logprobs import max_rows
+from relevo.engine.rates import EngineRates
 from relevo.engine.sampler import SampledToken, Sampler
+from relevo.engine.sizing import choose_device, count_blocks, find_max_model_len
 from relevo.engine.spec_decode.make import load_draft_model, make_speculator
 from relevo.engine.spec_decode.speculator import Speculator
 from relevo.engine.step_result import (
@@ -51,9 +50,6 @@ from relevo.tokenizer import TOKENIZER_FILE, Tokenizer
 logger = logging.getLogger(__name__)
 
 COMPILING_SECONDS = 0.01  # how long a step with nothing else to do waits for grammars
-MIN_PROMPT_TOKENS = 4  # in a step that tells what they cost
-STRETCH_MARGIN = 0.8  # of what a step may be stretched by: the slowest steps count, not the usual ones
-RATE_WEIGHT = 0.1  # of the newest measurement in the means that EngineLoad reports
 
 
 class Engine:
@@ -61,7 +57,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         files = resolve_model(config.model, weights=config.load_format != "dummy")
-        device = _choose_device(config.device)
+        device = choose_device(config.device)
         set_num_threads(config.threads)
         kernels = load_backend(config.attention_backend, device.type)
         model = load_model(
@@ -79,8 +75,8 @@ class Engine:
         draft = load_draft_model(config, kernels, device)
         draft_layout = None if draft is None else KVLayout(draft.layout_layers, draft.dtype, config.block_size)
         draft_bytes = 0 if draft_layout is None else draft_layout.block_bytes
-        num_blocks = _num_blocks(config, layout.block_bytes + draft_bytes, device)
-        max_model_len = _max_model_len(config, model.max_model_len, num_blocks)
+        num_blocks = count_blocks(config, layout.block_bytes + draft_bytes, device)
+        max_model_len = find_max_model_len(config, model.max_model_len, num_blocks)
         eos_token_ids = generation_defaults(files).eos_token_ids
         self.info = EngineInfo(
             model_name=files.name,
@@ -115,10 +111,7 @@ class Engine:
         self._cancelled: list[EndedRequest] = []
         self._beams = BeamGroups(self.scheduler)
         self.num_copied_blocks = 0  # for beams that part
-        self._prefill_tokens_per_second = 0.0
-        self._step_times = StepTimes()
-        self._step_stretch = config.step_stretch
-        self._prompt_token_seconds = 0.0  # what one more token of a prompt adds to a step in which others decode
+        self._rates = EngineRates(config.block_size, config.step_stretch)
         # To be exchanged only between requests.
         self.speculator: Speculator | None = None
         self._warm_up()
@@ -256,7 +249,8 @@ class Engine:
             if (tokens := sampled.get(entry.request.request_id))
         }
         # Waiting for a turn counts: so long does a step take here.
-        self._measure(output, sum(map(len, token_ids.values())), time.perf_counter() - started)
+        self._rates.measure(output, sum(map(len, token_ids.values())), time.perf_counter() - started)
+        self.scheduler.prompt_tokens_per_step = self._rates.prompt_tokens_per_step
         chunks = chunks_of(output)
         ended = self.scheduler.update(output, token_ids)
         for name, error in failed.items():
@@ -305,9 +299,9 @@ class Engine:
             num_waiting=len(waiting),
             num_waiting_tokens=sum(request.num_uncomputed_tokens for request in unfinished),
             num_free_blocks=scheduler.pool.num_free_blocks,
-            prefill_tokens_per_second=self._prefill_tokens_per_second,
-            step_seconds=self._step_times.step_seconds,
-            step_seconds_per_request=self._step_times.step_seconds_per_request,
+            prefill_tokens_per_second=self._rates.prefill_tokens_per_second,
+            step_seconds=self._rates.step_times.step_seconds,
+            step_seconds_per_request=self._rates.step_times.step_seconds_per_request,
             speculation=self.speculator.stats() if self.speculator else None,
         )
 
@@ -366,35 +360,6 @@ class Engine:
             num_drafted, num_accepted = self.speculator.forget(request.request_id)
         return EndedRequest(request.request_id, reason, request.num_cached_tokens, error, num_drafted, num_accepted)
 
-    def _measure(self, output: SchedulerOutput, num_sampled_tokens: int, seconds: float) -> None:
-        if not output.scheduled:
-            return
-        num_rows = output.num_scheduled_tokens - sum(len(entry.draft_token_ids) for entry in output.scheduled)
-        # Chunks worth the name: the tail of a split request is a handful of rows and says nothing of a prompt's speed.
-        if num_rows >= len(output.scheduled) + 2 * self.info.block_size:
-            rate = num_rows / seconds
-            self._prefill_tokens_per_second = _mean(self._prefill_tokens_per_second, rate)
-        elif num_rows == len(output.scheduled) <= num_sampled_tokens:
-            # What a token takes: those that come of accepted drafts take no step of their own.
-            self._step_times.add(num_rows, seconds * num_rows / num_sampled_tokens)
-        if num_rows == output.num_scheduled_tokens:  # drafts take time as well
-            self._measure_stretch(output, seconds)
-
-    def _measure_stretch(self, output: SchedulerOutput, seconds: float) -> None:
-        """Tell the scheduler how many tokens of prompts stretch a step by as much as it may be stretched."""
-        plain_seconds = self._step_times.step_seconds
-        num_decoding = sum(entry.num_scheduled_tokens == 1 for entry in output.scheduled)
-        num_prompt_tokens = output.num_scheduled_tokens - num_decoding
-        if not plain_seconds or not self._prefill_tokens_per_second or self._step_stretch == math.inf:
-            return
-        if num_decoding and num_prompt_tokens >= MIN_PROMPT_TOKENS:
-            # A step that was quick by chance must not let in a prompt as a whole.
-            token_seconds = max(seconds - plain_seconds, 0.1 * plain_seconds) / num_prompt_tokens
-            self._prompt_token_seconds = _mean(self._prompt_token_seconds, token_seconds)
-        token_seconds = max(self._prompt_token_seconds, 1.0 / self._prefill_tokens_per_second)
-        stretch_seconds = STRETCH_MARGIN * (self._step_stretch - 1.0) * plain_seconds
-        self.scheduler.prompt_tokens_per_step = stretch_seconds / token_seconds
-
     def _warm_up(self) -> None:
         """Compute a few tokens, so that the first request doesn't pay for what is set up lazily."""
         started = time.perf_counter()
@@ -405,8 +370,7 @@ class Engine:
             self.step()
         self.scheduler = Scheduler(self.scheduler.config, BlockPool(self.info.num_blocks))
         self._beams = BeamGroups(self.scheduler)
-        self._prefill_tokens_per_second = 0.0
-        self._step_times = StepTimes()
+        self._rates = EngineRates(self.info.block_size, self._rates.step_stretch)
         logger.debug("warm-up took %.2f s", time.perf_counter() - started)
 
 
@@ -417,50 +381,3 @@ def chunks_of(output: SchedulerOutput) -> list[Chunk]:
         for entry in output.scheduled
         if entry.num_scheduled_tokens - len(entry.draft_token_ids) > 1 or not entry.request.num_output_tokens
     ]
-
-
-def _mean(mean: float, value: float) -> float:
-    return value if mean == 0.0 else mean + RATE_WEIGHT * (value - mean)
-
-
-def _choose_device(device: str) -> torch.device:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise StartupError("device cuda was asked for, but torch finds no CUDA device; use --device cpu")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
-
-
-def _num_blocks(config: EngineConfig, block_bytes: int, device: torch.device) -> int:
-    """block_bytes: the draft model's share included"""
-    num_blocks = config.kv_cache_memory // block_bytes
-    if num_blocks < 2:
-        raise StartupError(
-            f"kv_cache_memory of {config.kv_cache_memory} bytes holds {num_blocks} blocks of {block_bytes} "
-            "bytes; at least 2 are needed"
-        )
-    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if num_blocks * block_bytes > available:
-        raise StartupError(
-            f"kv_cache_memory of {config.kv_cache_memory / 2**30:.2f} GiB does not fit: "
-            f"{available / 2**30:.2f} GiB are free on {device.type} after loading the model"
-        )
-    return num_blocks
-
-
-def _max_model_len(config: EngineConfig, model_limit: int, num_blocks: int) -> int:
-    """The least of what was asked for, what the model knows positions for, and what the cache holds for a request."""
-    if config.max_model_len is not None and config.max_model_len > model_limit:
-        raise StartupError(
-            f"max_model_len {config.max_model_len} is beyond the model's context of {model_limit} tokens"
-        )
-    wanted = config.max_model_len or model_limit
-    capacity = num_blocks * config.block_size
-    if config.max_model_len is not None and config.max_model_len > capacity:
-        raise StartupError(
-            f"max_model_len {config.max_model_len} does not fit the KV cache, which holds {capacity} tokens; "
-            "raise kv_cache_memory or lower max_model_len"
-        )
-    if wanted > capacity:
-        logger.warning("the KV cache holds %d tokens: max_model_len is %d instead of %d", capacity, capacity, wanted)
-    return min(wanted, capacity)

@@ -9,7 +9,7 @@ from itertools import islice
 import torch
 
 from relevo.core.errors import RelevoError
-from relevo.core.scheduler import ScheduledRequest
+from relevo.core.schedule import ScheduledRequest
 from relevo.engine.batch import Span, flat_batch
 from relevo.engine.beams import BeamCandidates
 from relevo.engine.grammar_masks import GrammarMasks

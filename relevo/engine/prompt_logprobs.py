@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from relevo.core.request import Request
-from relevo.core.scheduler import ScheduledRequest
+from relevo.core.schedule import ScheduledRequest
 from relevo.engine.logprobs import TokenLogprobs, token_logprobs
 from relevo.kernels import Kernels
 

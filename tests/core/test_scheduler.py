@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from relevo.core.request import FinishReason, Request, RequestStatus
-from relevo.core.scheduler import Scheduler, SchedulerOutput
+from relevo.core.schedule import SchedulerOutput
+from relevo.core.scheduler import Scheduler
 from tests.support.builders import make_request, make_scheduler
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from relevo.core.request import Request
-from relevo.core.scheduler import ScheduledRequest, SchedulerOutput
+from relevo.core.schedule import ScheduledRequest, SchedulerOutput
 from relevo.engine.sampler import SampledToken
 from relevo.engine.spec_decode.planning import best_plan
 from relevo.engine.spec_decode.row_costs import RowCosts

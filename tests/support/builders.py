@@ -8,7 +8,8 @@ from relevo.core.block_hash import root_hash
 from relevo.core.block_pool import BlockPool
 from relevo.core.request import Request
 from relevo.core.sampling_params import SamplingParams
-from relevo.core.scheduler import Scheduler, SchedulerConfig
+from relevo.core.schedule import SchedulerConfig
+from relevo.core.scheduler import Scheduler
 
 FINGERPRINT = bytes(range(32))
 

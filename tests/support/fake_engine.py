@@ -21,7 +21,8 @@ from relevo.core.block_pool import BlockPool
 from relevo.core.errors import InvalidRequest
 from relevo.core.request import FinishReason, Request
 from relevo.core.sampling_params import SamplingParams
-from relevo.core.scheduler import Scheduler, SchedulerConfig
+from relevo.core.schedule import SchedulerConfig
+from relevo.core.scheduler import Scheduler
 from relevo.engine.config import EngineInfo
 from relevo.engine.step_result import Chunk, Computed, EndedRequest, EngineLoad, NewTokens, Reserved, StepResult
 from tests.support.builders import FINGERPRINT

@@ -9,7 +9,7 @@ import torch
 
 from relevo.core.block_hash import BlockHash
 from relevo.core.request import Request
-from relevo.core.scheduler import ScheduledRequest
+from relevo.core.schedule import ScheduledRequest
 from relevo.engine.batch import Span, flat_batch
 from relevo.engine.kv_cache import KVCache
 from relevo.engine.sampler import SampledToken, Sampler

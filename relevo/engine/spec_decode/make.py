@@ -9,7 +9,7 @@ import torch
 
 from relevo.core.request import Request
 from relevo.core.sampling_params import SamplingParams
-from relevo.core.scheduler import ScheduledRequest
+from relevo.core.schedule import ScheduledRequest
 from relevo.demo import draft_path
 from relevo.engine.config import EngineConfig
 from relevo.engine.kv_cache import KVCache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from relevo.core.request import Request
-from relevo.core.scheduler import ScheduledRequest
+from relevo.core.schedule import ScheduledRequest
 
 LENGTHS = (5, 2)  # of the tokens looked for, the longer first; two alone often stand there by chance
 SHORT_MATCH_DRAFTS = 3  # behind a match of the shorter length

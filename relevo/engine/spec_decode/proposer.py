@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from relevo.core.request import Request
-from relevo.core.scheduler import ScheduledRequest
+from relevo.core.schedule import ScheduledRequest
 
 
 class Proposer(Protocol):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from relevo.core.request import Request
-from relevo.core.scheduler import ScheduledRequest, SchedulerOutput
+from relevo.core.schedule import ScheduledRequest, SchedulerOutput
 from relevo.engine.sampler import SampledToken
 from relevo.engine.spec_decode.acceptance import Acceptance, SharedAcceptance
 from relevo.engine.spec_decode.planning import best_plan

@@ -9,7 +9,7 @@ from itertools import count
 
 from relevo.core.block_hash import BlockHash
 from relevo.core.request import Request
-from relevo.core.scheduler import ScheduledRequest
+from relevo.core.schedule import ScheduledRequest
 from relevo.engine.spec_decode.suffix_automaton import ROOT, SuffixAutomaton
 
 MIN_MATCH = 2  # tokens
