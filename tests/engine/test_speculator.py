@@ -47,8 +47,12 @@ def run(
     true_verify: dict[int, float] | None = None,
     num_steps: int = 3000,
     lag: int = 0,
+    unseen: float = 0.0,
 ) -> float:
-    """Tokens a second by those of plain decoding. true_verify: what passes take, if not what was measured at start."""
+    """Tokens a second by those of plain decoding. true_verify: what passes take, if not what was measured at start.
+
+    unseen: seconds of a step with drafts that are neither in the proposer nor in the pass
+    """
     numbers = random.Random(1)
     truth = RowCosts(true_verify or verify)
     speculator = Speculator(Guesser(lag), 5, RowCosts(verify), RowCosts(propose) if propose is not None else None)
@@ -77,6 +81,8 @@ def run(
         seconds = truth.seconds(sum(entry.num_scheduled_tokens for entry in output.scheduled))
         clock[0] += seconds
         speculator.learn(output.scheduled, sampled, seconds)
+        if any(entry.draft_token_ids for entry in output.scheduled):
+            clock[0] += unseen
     return num_tokens / clock[0] * truth.seconds(num_requests) / num_requests
 
 
@@ -103,6 +109,12 @@ def test_never_slower_than_plain(
 @pytest.mark.parametrize(("num_requests", "least"), [(1, 2.2), (8, 1.45)])
 def test_pays_where_it_can(monkeypatch: pytest.MonkeyPatch, num_requests: int, least: float) -> None:
     assert run(monkeypatch, num_requests=num_requests, rate=0.8, verify=MEMORY_BOUND, propose=CHEAP) >= least
+
+
+def test_what_no_model_of_costs_sees_stops_drafts_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = {"num_requests": 8, "rate": 0.6, "verify": MEMORY_BOUND, "propose": None}
+    assert run(monkeypatch, **arguments) >= 1.2  # type: ignore[arg-type]
+    assert run(monkeypatch, unseen=0.05, **arguments) >= 0.97  # type: ignore[arg-type]
 
 
 def test_wrong_costs_are_unlearned(monkeypatch: pytest.MonkeyPatch) -> None:

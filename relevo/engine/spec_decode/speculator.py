@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 from relevo.core.request import Request
 from relevo.core.schedule import ScheduledRequest, SchedulerOutput
 from relevo.engine.sampler import SampledToken
 from relevo.engine.spec_decode.acceptance import Acceptance, SharedAcceptance
+from relevo.engine.spec_decode.payoff import Payoff
 from relevo.engine.spec_decode.planning import best_plan
 from relevo.engine.spec_decode.proposer import Proposer
 from relevo.engine.spec_decode.row_costs import RowCosts
 from relevo.engine.spec_decode.stats import SpecDecodeStats, StatsCounter
 
 STEPS_A_PLAN = 8  # planning takes a good part of a millisecond; what it goes by changes slowly
+STEPS_A_TRIAL = 16
 STEPS_A_PLAIN_ONE = 24
-FIRST_STEPS = 96  # with drafts, in which plain ones come more often
+STEPS_A_LEARNED_ONE = 8  # of those without drafts: all of them say the same
+FIRST_PAUSE, MAX_PAUSE = 16, 1024  # steps without drafts, and without a thought of them; doubled while none pay
+NEW_PAUSE = 64  # at most, where a request is new or the batch's size another
 PROBE_SHARE = 0.01  # of the time, for drafts that are not expected to pay: they may by now
+MAX_CREDIT_STEPS = 8  # and what drafts have saved may be risked for others, but not more than so many steps' time
 PROBE_DRAFTS = 2
 ANSWER_TOKENS = 64.0  # an answer, where none was measured
 ANSWER_WEIGHT = 0.05
@@ -31,6 +37,16 @@ class _Drafting:
     acceptance: Acceptance
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+
+
+@dataclass(slots=True)
+class _Step:
+    """num_tokens: that it brought; 0 unless it was of decodes only. has_plan: it may have drafts."""
+
+    started: float
+    num_running: int
+    has_plan: bool = False
+    num_tokens: int = 0
 
 
 class Speculator:
@@ -53,41 +69,78 @@ class Speculator:
         self.proposer = proposer
         self.max_drafts = max_drafts
         self.verify_costs = verify_costs
+        self._yardstick = deepcopy(verify_costs)  # for payoffs: what these learn must not move it
         self.propose_costs = propose_costs
         self.adaptive = adaptive
         self._counter = StatsCounter(max_drafts)
         self._shared = SharedAcceptance()
         self._drafting: dict[str, _Drafting] = {}
         self._planned: dict[str, int] = {}
-        self._planned_for: tuple[int, int] = (0, 0)
-        self._steps_left = 0
+        self._composition: tuple[int, str] = (0, "")
+        self._steps_left = 0  # of the plan
         self._steps_with_drafts = 0
-        self._credit_seconds = 0.0  # for probes
+        self._pause, self._pause_left = FIRST_PAUSE, 0
+        self._payoffs: dict[int, Payoff] = {}
+        self._step: _Step | None = None  # the one in progress
+        self._num_plain = 0
+        self._credit_seconds = 0.0  # for drafts that may not pay
         self._answer_tokens = ANSWER_TOKENS
         self._propose_seconds = 0.0  # of the step in progress
 
     def plan(self, running: Sequence[Request]) -> Mapping[str, int]:
         """How many drafts are wanted of which requests."""
-        requests = [r for r in running if r.num_uncomputed_tokens == 1 and self._limit(r) > 0]
-        if not requests:
+        if not running:
+            self._step = None
             return {}
         if not self.adaptive:
-            return {request.request_id: self._limit(request) for request in requests}
-        # The first and the number tell well enough whether they are others.
-        composition = len(running), len(requests)
-        if self._steps_left <= 0 or composition != self._planned_for:
-            self._planned = self._make_plan(requests, len(running) - len(requests))
-            self._planned_for = composition
-            self._steps_left = STEPS_A_PLAN
-        self._steps_left -= 1
-        if not self._planned:
+            return {request.request_id: limit for request in running if (limit := self._wanted(request)) > 0}
+        # The newest and the number tell well enough whether they are others.
+        composition = len(running), running[-1].request_id
+        is_same = composition == self._composition
+        payoff = self._payoff_of(len(running))
+        now = time.perf_counter()
+        if self._step is not None and is_same:
+            self._take_in(self._step, payoff, now - self._step.started)
+        if not is_same:
+            if composition[1] != self._composition[1] or payoff is not self._payoff_of(self._composition[0]):
+                self._pause = min(self._pause, NEW_PAUSE)
+                self._pause_left = min(self._pause_left, FIRST_PAUSE)
+            self._composition = composition
+            self._steps_left = 0
+        self._step = _Step(now, len(running))
+        if self._pause_left > 0 or not payoff.knows_plain:
+            self._pause_left = max(0, self._pause_left - 1)
+            self._planned = {}
             return {}
+        return self._drafts_of(running, payoff)
+
+    def _drafts_of(self, running: Sequence[Request], payoff: Payoff) -> Mapping[str, int]:
+        if self._steps_left <= 0:
+            self._planned = self._make_plan(running, payoff)
+            if not self._planned:
+                self._pause_left, self._pause = self._pause, min(2 * self._pause, MAX_PAUSE)
+                return {}
+        self._steps_left -= 1
         # What steps without drafts take must be known as well, or drafts seem to pay for ever.
         self._steps_with_drafts += 1
-        every = STEPS_A_PLAIN_ONE if self._steps_with_drafts > FIRST_STEPS else STEPS_A_PLAIN_ONE // 6
-        if self._steps_with_drafts % every == 0:
+        if self._steps_with_drafts % STEPS_A_PLAIN_ONE == 0:
             return {}
+        assert self._step is not None
+        self._step.has_plan = True
         return self._planned
+
+    def _take_in(self, step: _Step, payoff: Payoff, seconds: float) -> None:
+        """A step from its plan to the next one's."""
+        if not step.num_tokens:
+            return
+        plain_work = self._yardstick.seconds(step.num_running)
+        self._credit_seconds += PROBE_SHARE * seconds
+        if step.has_plan:
+            work = plain_work * step.num_tokens / step.num_running
+            self._credit_seconds += payoff.add_drafts(work, plain_work, seconds, self._propose_seconds)
+            self._credit_seconds = min(self._credit_seconds, MAX_CREDIT_STEPS * plain_work)
+        else:
+            payoff.add_plain(plain_work, seconds)
 
     def propose(self, output: SchedulerOutput) -> SchedulerOutput:
         """With drafts in the slots."""
@@ -107,6 +160,14 @@ class Speculator:
         self, scheduled: Sequence[ScheduledRequest], sampled: Mapping[str, Sequence[SampledToken]], seconds: float
     ) -> None:
         """After the target's pass, which took so long, and before requests change. sampled: before any end is cut."""
+        step = self._step
+        if step is not None and not step.has_plan:
+            if len(scheduled) == step.num_running and all(entry.num_scheduled_tokens == 1 for entry in scheduled):
+                step.num_tokens = len(scheduled)
+                self._num_plain += 1
+                if self._num_plain % STEPS_A_LEARNED_ONE == 0:
+                    self.verify_costs.add(len(scheduled), seconds)
+            return
         has_drafts = False
         decodes_only = True
         for entry in scheduled:
@@ -128,9 +189,10 @@ class Speculator:
             self.proposer.verified(entry, num_accepted)
         if decodes_only and scheduled:
             self.verify_costs.add(sum(entry.num_scheduled_tokens for entry in scheduled), seconds)
+            if step is not None and len(scheduled) == step.num_running:
+                step.num_tokens = sum(map(len, sampled.values()))
         if self._propose_seconds or has_drafts:
             self._counter.add_seconds(self._propose_seconds, seconds if has_drafts else 0.0)
-        self._credit_seconds += PROBE_SHARE * seconds
 
     def ended(self, request: Request) -> None:
         """It has its whole answer."""
@@ -159,16 +221,37 @@ class Speculator:
             drafting = self._drafting[request.request_id] = _Drafting(Acceptance(self._shared))
         return drafting
 
-    def _make_plan(self, requests: Sequence[Request], num_others: int) -> dict[str, int]:
+    def _payoff_of(self, num_running: int) -> Payoff:
+        return self._payoffs.setdefault(num_running.bit_length(), Payoff())
+
+    def _wanted(self, request: Request) -> int:
+        return self._limit(request) if request.num_uncomputed_tokens == 1 else 0
+
+    def _make_plan(self, running: Sequence[Request], payoff: Payoff) -> dict[str, int]:
+        """Drafts where the model of costs says that they pay and the clock does not say otherwise; else a trial."""
+        requests = [request for request in running if self._wanted(request) > 0]
+        num_others = len(running) - len(requests)
+        measured = payoff.gain
+        pays = measured is None or measured >= 1.0
+        if not requests or (not pays and self._planned):  # a trial, or what paid until now, has failed
+            return {}
         rates = [self._drafting_of(request).acceptance.rate for request in requests]
         limits = [self._limit(request) for request in requests]
         plan = best_plan(rates, limits, num_others, self.verify_costs.seconds, self._propose_seconds_of)
+        gain = plan.gain if measured is None else min(plan.gain, measured)
         num_drafts = {}
         for request, count in zip(requests, plan.num_drafts, strict=True):
-            if count and self._is_worth_its_lag(request, plan.gain, len(requests) + num_others):
+            if count and self._is_worth_its_lag(request, gain, len(running)):
                 num_drafts[request.request_id] = count
             elif not count:
                 self._drafting_of(request).acceptance.idle(STEPS_A_PLAN)
+        if num_drafts and pays:
+            self._steps_left = STEPS_A_PLAN if measured is not None else STEPS_A_TRIAL
+            self._pause = FIRST_PAUSE
+            return num_drafts
+        self._steps_left = STEPS_A_TRIAL
+        if self._credit_seconds <= 0.0 or self._planned:
+            return {}
         return num_drafts or self._probe(requests, num_others)
 
     def _propose_seconds_of(self, num_requests: float) -> float:
@@ -185,6 +268,8 @@ class Speculator:
         lag_seconds = self._lag_seconds(request)
         if lag_seconds == 0.0:
             return True
+        if gain <= 1.0:
+            return False
         num_left = max(0.0, self._answer_tokens - request.num_output_tokens)
         num_left = min(request.max_tokens - request.num_output_tokens, max(num_left, ANSWER_TOKENS / 4))
         saved = num_left * self.verify_costs.seconds(num_rows) * (1 - 1 / gain)
@@ -201,10 +286,9 @@ class Speculator:
             count = min(PROBE_DRAFTS, self._limit(request))
             drafting = count * self._propose_seconds_of(len(probes) + 1)
             verifying = self.verify_costs.seconds(num_rows + sum(probes.values()) + count) - before
-            more = STEPS_A_PLAN * (drafting + verifying) + self._lag_seconds(request)
+            more = STEPS_A_TRIAL * (drafting + verifying) + self._lag_seconds(request)
             if cost + more > self._credit_seconds:
                 break
             cost += more
             probes[request.request_id] = count
-        self._credit_seconds -= cost
         return probes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -25,17 +25,36 @@ class Answers:
     def __init__(self) -> None:
         self.halves = [SuffixAutomaton(), SuffixAutomaton()]  # older, newer
         self.num_turns = 0
+        self._new: deque[list[int]] = deque()  # not yet in: that takes milliseconds, and waits until somebody asks
+        self._num_new = 0
         self._separators = count(-1, -1)  # each is unique: no match goes across two answers
 
     @property
     def num_tokens(self) -> int:
-        return sum(half.num_tokens for half in self.halves)
+        return sum(half.num_tokens for half in self.halves) + self._num_new
 
     def add(self, token_ids: Sequence[int]) -> None:
+        """To be taken in."""
+        self._new.append(list(token_ids[-ANSWERS_TOKENS:]))
+        self._num_new += len(self._new[-1])
+        while self._num_new > ANSWERS_TOKENS:
+            self._num_new -= len(self._new.popleft())
+
+    def take_in(self, budget: int) -> int:
+        """New answers, one at least where the budget is not spent; returns their tokens."""
+        num_taken = 0
+        while self._new and num_taken < budget:
+            token_ids = self._new.popleft()
+            self._num_new -= len(token_ids)
+            num_taken += len(token_ids)
+            self._append(token_ids)
+        return num_taken
+
+    def _append(self, token_ids: Sequence[int]) -> None:
         if self.halves[1].num_tokens >= ANSWERS_TOKENS:
             self.halves = [self.halves[1], SuffixAutomaton()]
             self.num_turns += 1
-        self.halves[1].extend([*token_ids[-ANSWERS_TOKENS:], next(self._separators)])
+        self.halves[1].extend([*token_ids, next(self._separators)])
 
 
 @dataclass(slots=True)
@@ -69,6 +88,7 @@ class SuffixProposer:
                     num_taken=max(0, request.num_tokens - MAX_OWN_TOKENS)
                 )
             answers = self._answers_to(request)
+            budget = max(0, budget - answers.take_in(budget))
             budget -= self._take_in(matches, answers, request.token_ids, budget)
             is_current = matches.num_taken == request.num_tokens
             proposed.append(_best_continuation(matches, answers, entry.num_draft_slots) if is_current else [])

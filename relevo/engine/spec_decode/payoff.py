@@ -1,0 +1,57 @@
+"""What steps with drafts bring against steps without, by the clock: all that a step takes counts, modelled or not."""
+
+from __future__ import annotations
+
+MEMORY = 0.98  # of older steps, after each
+MIN_PLAIN_STEPS, MIN_DRAFT_STEPS = 8, 16  # before the two are compared
+MAX_RATIO = 3.0  # a step that took longer than so many times the mean was held up by something else
+
+
+class _Mean:
+    """Work a second."""
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+        self._work = self._seconds = 0.0
+
+    @property
+    def rate(self) -> float:
+        return self._work / self._seconds
+
+    def add(self, work: float, seconds: float) -> None:
+        self.num_steps += 1
+        self._work = MEMORY * self._work + work
+        self._seconds = MEMORY * self._seconds + seconds
+
+
+class Payoff:
+    """Of batches of about one size.
+
+    Work is in seconds: what plain passes that bring as many tokens should take. So batches that differ a little in
+    their size can be compared.
+    """
+
+    def __init__(self) -> None:
+        self._plain, self._drafts = _Mean(), _Mean()
+
+    @property
+    def knows_plain(self) -> bool:
+        return self._plain.num_steps >= MIN_PLAIN_STEPS
+
+    @property
+    def gain(self) -> float | None:
+        """Tokens a second with drafts by those without. None: too few steps say."""
+        if not self.knows_plain or self._drafts.num_steps < MIN_DRAFT_STEPS:
+            return None
+        return self._drafts.rate / self._plain.rate
+
+    def add_plain(self, work: float, seconds: float) -> None:
+        if self._plain.num_steps:
+            seconds = min(seconds, MAX_RATIO * work / self._plain.rate)
+        self._plain.add(work, seconds)
+
+    def add_drafts(self, work: float, plain_work: float, seconds: float, propose_seconds: float) -> float:
+        """plain_work: of the same step without drafts. Returns the seconds that the drafts have saved, or cost."""
+        seconds = min(seconds, MAX_RATIO * plain_work / self._plain.rate + propose_seconds)
+        self._drafts.add(work, seconds)
+        return work / self._plain.rate - seconds
