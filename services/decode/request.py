@@ -159,9 +159,9 @@ class DecodeRequest:
         )
         self._worker.count_prompt(self._request.num_prompt_tokens, num_cached_tokens)
         self._error = self._error or ended.error
-        stages = self._stages.ended(self._num_tokens)
+        drafts = ended.num_draft_tokens, ended.num_accepted_tokens
+        stages = self._stages.ended(self._num_tokens, *drafts)
         if self._error is None:
-            drafts = ended.num_draft_tokens, ended.num_accepted_tokens
             self._reply.end(finished(ended.finish_reason, num_cached_tokens, stages, *drafts))
         else:
             self._reply.end(failed(self._error, num_cached_tokens, stages))

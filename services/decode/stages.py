@@ -81,15 +81,17 @@ class DecodeStages:
             self._waits_since = self._worker.step_ended_at
         return self.stages.take()
 
-    def ended(self, num_tokens: int) -> pb.Stages:
-        """num_tokens: that were given here"""
+    def ended(self, num_tokens: int, num_draft_tokens: int, num_accepted_tokens: int) -> pb.Stages:
+        """num_tokens: that were given here. num_draft_tokens: by speculation; 0: none"""
         self._end_chunk()
+        drafts = {"draft_tokens": num_draft_tokens, "accepted_tokens": num_accepted_tokens} if num_draft_tokens else {}
         self.stages.add(
             "decode",
             self.stages.received_at,
             time.monotonic(),
             tokens=num_tokens,
             preemptions=self._request.num_preemptions,
+            **drafts,
         )
         return self.stages.take()
 

@@ -33,6 +33,9 @@ class TransferTimes:
             buckets=_BUCKETS,
             registry=None,
         )
+        for direction in ("in", "out"):  # shown from the start; other transports where they are used
+            self.batches.labels(direction, "tcp")
+            self.blocks.labels(direction, "tcp")
 
     def observe_batch(self, direction: str, transport: str, seconds: float) -> None:
         self.batches.labels(direction, transport).observe(seconds)

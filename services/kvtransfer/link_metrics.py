@@ -53,7 +53,11 @@ class LinkCollector(Collector):
         rate = GaugeMetricFamily("relevo_kv_link_bytes_per_second", "Measured when it was opened", labels=labels)
         latency = GaugeMetricFamily("relevo_kv_link_latency_seconds", "Measured when it was opened", labels=labels)
         connections = GaugeMetricFamily("relevo_kv_link_connections", "Data connections of a link", labels=labels)
-        info = GaugeMetricFamily("relevo_kv_link_info", "1: why this transport", labels=[*labels, "reason"])
+        info = GaugeMetricFamily(
+            "relevo_kv_link_info",
+            "1; `reason` says why this transport, with what was measured of each",
+            labels=[*labels, "reason"],
+        )
         for each in self._all_open():
             of = [each.direction, each.peer, each.transport]
             rate.add_metric(of, each.figures.bytes_per_second)
@@ -62,7 +66,9 @@ class LinkCollector(Collector):
             info.add_metric([*of, each.reason[:_MAX_REASON_CHARS]], 1)
         yield from (rate, latency, connections, info)
         yield GaugeMetricFamily(
-            "relevo_kv_link_floor_bytes_per_second", "--link-floor: a slower one is a warning", value=self._links.floor
+            "relevo_kv_link_floor_bytes_per_second",
+            "`--link-floor`: a link that is slower is a WARNING",
+            value=self._links.floor,
         )
 
     def _all_open(self) -> list[_OpenLink]:

@@ -20,7 +20,12 @@ class StoreCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         audit = self._store.table.audit()
-        slots = GaugeMetricFamily("relevo_kv_slots", "Slots of the arena by state", labels=["state"])
+        slots = GaugeMetricFamily(
+            "relevo_kv_slots",
+            "Slots of the arena: `free`, `granted` (being written), `cached` (sealed, nobody "
+            "reads it), `pinned` (sealed, being read)",
+            labels=["state"],
+        )
         for state, count in (
             ("free", audit.num_free),
             ("granted", audit.num_granted),
@@ -29,11 +34,11 @@ class StoreCollector(Collector):
         ):
             slots.add_metric([state], count)
         yield slots
-        yield GaugeMetricFamily("relevo_kv_leases", "Writers' streams, and pulls", value=audit.num_leases)
-        yield GaugeMetricFamily("relevo_kv_fetches", "Readers' streams", value=audit.num_readers)
+        yield GaugeMetricFamily("relevo_kv_leases", "Open streams of writers, pulls included", value=audit.num_leases)
+        yield GaugeMetricFamily("relevo_kv_fetches", "Open streams of readers", value=audit.num_readers)
         counters = self._store.counters
         for name, text, value in (
-            ("sealed_blocks", "Blocks sealed", counters.sealed_blocks),
+            ("sealed_blocks", "Blocks sealed, by workers and by pulls", counters.sealed_blocks),
             ("fetched_blocks", "Blocks shown to readers", counters.fetched_blocks),
         ):
             yield CounterMetricFamily(f"relevo_kv_{name}", text, value=value)
@@ -44,7 +49,9 @@ class StoreCollector(Collector):
             {"lease": counters.leases_expired, "pin": counters.pins_expired},
         )
         missing = dict(counters.missing_blocks)
-        yield _by_label("relevo_kv_missing_blocks", "Blocks that readers did not get", "code", missing)
+        yield _by_label(
+            "relevo_kv_missing_blocks", "Blocks that readers asked for and did not get, by gRPC code", "code", missing
+        )
         yield from self._collect_tiers()
 
     def _collect_tiers(self) -> Iterator[Metric]:

@@ -51,7 +51,10 @@ class AdmissionMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.queued = Gauge("relevo_num_requests_waiting", "Requests in the router's queue.", registry=registry)
         self.refused = Counter(
-            "relevo_requests_refused", "Requests that got no place, or lost it.", ("reason",), registry=registry
+            "relevo_requests_refused",
+            "Choices that got no place in the queue (`full`), lost it to others (`displaced`), or waited `too_long`",
+            ("reason",),
+            registry=registry,
         )
         self.queue_time = Histogram(
             "relevo_request_queue_time_seconds",

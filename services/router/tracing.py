@@ -94,7 +94,8 @@ class Tracer:
         self._threshold = round(config.ratio * 2**56)
         self._kept = Counter(
             "relevo_router_traces",
-            "Requests whose trace was kept (asked, sampled, error, slow), or dropped.",
+            "Requests by why their trace was kept: `asked` (by the caller's traceparent), "
+            "`error`, `slow`, `sampled`; or `dropped`",
             ("decision",),
             registry=registry,
         )

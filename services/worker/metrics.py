@@ -32,8 +32,16 @@ class WorkerCollector(Collector):
         ):
             yield GaugeMetricFamily(f"relevo_{name}", text, value=value)
         for name, text, count in (
-            ("queries", "Tokens of prompts that were looked up in the KV cache", self._worker.num_prompt_tokens),
-            ("hits", "Those of them that were not computed", self._worker.num_cached_tokens),
+            (
+                "queries",
+                "Tokens of prompts that were looked up in the KV cache, of requests that have ended",
+                self._worker.num_prompt_tokens,
+            ),
+            (
+                "hits",
+                "Those of them that were not computed: found in the pool, or fetched",
+                self._worker.num_cached_tokens,
+            ),
         ):
             yield CounterMetricFamily(f"relevo_prefix_cache_{name}", text, value=count)
         for name, text, value in (
@@ -45,8 +53,12 @@ class WorkerCollector(Collector):
                 "Mean over recent steps that computed prompts",
                 load.prefill_tokens_per_second,
             ),
-            ("step_seconds", "Mean duration of recent steps", load.step_seconds),
-            ("step_age_seconds", "How long the step in progress takes already", self._worker.thread.step_ages()[0]),
+            ("step_seconds", "Mean duration of recent steps, for each token that a request got", load.step_seconds),
+            (
+                "step_age_seconds",
+                "How long the step in progress takes already: an engine that hangs shows here",
+                self._worker.thread.step_ages()[0],
+            ),
             ("draining", "1: shutting down, and refusing new requests", int(load.draining)),
         ):
             yield GaugeMetricFamily(f"relevo_worker_{name}", text, value=value)

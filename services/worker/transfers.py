@@ -40,6 +40,9 @@ class Transfers:
             buckets=_RATIO_BUCKETS,
             registry=None,
         )
+        for each in (self._blocks, self._bytes, self._seconds):
+            for direction in Direction:
+                each.labels(direction.value)  # shown from the start
         self.metrics = (self._blocks, self._bytes, self._seconds, self._tail, self._overlap)
         self._lock = threading.Lock()
         self._copy_bytes_per_second = 0.0

@@ -251,3 +251,19 @@ def test_route_has_spans_and_timings(serve: Serve) -> None:
     assert record["spans"][0]["start_ms"] == 0
     assert record["spans"][0]["duration_ms"] == record["timings"]["total"]
     assert {span["service"] for span in record["spans"]} == {"router", "decode"}
+
+
+def test_speculation_is_told_of_in_decodes_span() -> None:
+    """A prompt that repeats itself, whose continuation n-grams guess."""
+    serve = Serve(*SMALL, "--speculative", "ngram", "--no-adaptive-speculation")
+    try:
+        body = {"model": "relevo-demo", "prompt": "one two three four " * 30, "max_tokens": 48, "temperature": 0}
+        url = f"http://127.0.0.1:{serve.port}"
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+        [record] = httpx.get(f"{url}/debug/route/{answer['id']}").json()
+    finally:
+        serve.kill()
+    [decode] = [span for span in record["spans"] if span["name"] == "decode"]
+    attributes = decode["attributes"]
+    assert 0 < attributes["accepted_tokens"] <= attributes["draft_tokens"]
+    assert attributes["tokens"] >= attributes["accepted_tokens"]

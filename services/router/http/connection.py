@@ -72,7 +72,8 @@ class ConnectionMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.cut = Counter(
             "relevo_http_connections_cut",
-            "Connections that the server ended because of what the client did, or did not do.",
+            "Connections that the router ended: `slow_head`, `slow_body`, `slow_reader`, "
+            "`head_too_large`, `malformed`, `pipelined`, `too_many`",
             ("reason",),
             registry=registry,
         )
