@@ -147,7 +147,7 @@ def _case(length: int, split: _Run, aggregated: _Run) -> HandoverCase:
         ttft_ms=median(split.ttft_ms),
         second_token_ms=median(split.second_token_ms),
         tail_ms=1e3 * median(each("decode-0 relevo_handover_tail_seconds_sum")),
-        overlap=mean("decode-0 relevo_handover_overlap_ratio_sum"),
+        overlap=min(1.0, mean("decode-0 relevo_handover_overlap_ratio_sum")),  # of differences of sums
         copies_ms=1e3 * copies,
         aggregated_ttft_ms=median(aggregated.ttft_ms),
         aggregated_second_token_ms=median(aggregated.second_token_ms),

@@ -159,14 +159,16 @@ def test_parts_add_up_to_what_the_client_measures(serve: Serve) -> None:
     wrong = []
     for each in measured:
         ttft = sum(each.timings[part] for part in TTFT_PARTS)
-        gap = sum(each.timings[part] for part in GAP_PARTS)
         assert ttft == pytest.approx(each.timings["ttft"], abs=0.02)
-        assert gap == pytest.approx(each.timings["second_token"], abs=0.02)
         assert each.timings["prefill"] > 0
         assert each.timings["total"] >= each.timings["ttft"]
-        if off(each.ttft, ttft) or off(each.second_token, gap):
+        gap = None
+        if "second_token" in each.timings:  # else it came with the first, in one event
+            gap = sum(each.timings[part] for part in GAP_PARTS)
+            assert gap == pytest.approx(each.timings["second_token"], abs=0.02)
+        if off(each.ttft, ttft) or (gap is not None and off(each.second_token, gap)):
             wrong.append((each.ttft, ttft, each.second_token, gap))
-    splits = [each for each in measured if each.timings["transfer_tail"] > 0]
+    splits = [each for each in measured if each.timings.get("transfer_tail", 0.0) > 0]
     shown = f"{len(wrong)} of {len(measured)} don't add up: client, parts, of both gaps, ms: {wrong[:5]}"
     busy = os.getloadavg()[0] > 2 * (os.cpu_count() or 1)
     if len(measured) < NUM_REQUESTS and busy:
@@ -174,7 +176,7 @@ def test_parts_add_up_to_what_the_client_measures(serve: Serve) -> None:
     # A process that the machine lets wait between two looks at its clock cannot know it: one in fifty, more where busy.
     assert len(wrong) <= (0.1 if busy else 0.02) * len(measured), shown
     assert len(measured) >= NUM_REQUESTS, f"the machine stalls: {number - 1000} were asked for"
-    assert 0 < len(splits) < NUM_REQUESTS, "not both kinds were served"
+    assert 0 < len(splits) < len(measured), "not both kinds were served"
 
 
 def test_parts_name_what_took_the_time(serve: Serve) -> None:
