@@ -173,8 +173,8 @@ def test_parts_add_up_to_what_the_client_measures(serve: Serve) -> None:
     busy = os.getloadavg()[0] > 2 * (os.cpu_count() or 1)
     if len(measured) < NUM_REQUESTS and busy:
         pytest.skip(f"too much else runs here: {shown}")
-    # A process that the machine lets wait between two looks at its clock cannot know it. Alone, one in 200 is off; other
-    # tests run beside this one.
+    # A process that the machine lets wait between two looks at its clock cannot know it. Alone, one in 200 is off; this
+    # test has others beside it.
     assert len(wrong) <= (0.1 if busy else 0.05) * len(measured), shown
     assert len(measured) >= NUM_REQUESTS / 2, f"the machine stalls: {number - 1000} were asked for"
     assert 0 < len(splits) < len(measured), "not both kinds were served"
