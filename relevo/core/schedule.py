@@ -38,16 +38,20 @@ class ScheduledRequest:
     num_draft_slots: int = 0
 
     @property
+    def num_known_tokens(self) -> int:
+        """Of those that are scheduled: all but the drafts."""
+        return self.num_scheduled_tokens - len(self.draft_token_ids)
+
+    @property
     def samples(self) -> bool:
         """All known tokens are computed after this step: the last rows' logits choose the next ones."""
-        return self.num_scheduled_tokens - len(self.draft_token_ids) == self.request.num_uncomputed_tokens
+        return self.num_known_tokens == self.request.num_uncomputed_tokens
 
     @property
     def token_ids(self) -> list[int]:
         """Of the step's rows."""
         start = self.request.num_computed_tokens
-        num_known = self.num_scheduled_tokens - len(self.draft_token_ids)
-        return [*self.request.token_ids[start : start + num_known], *self.draft_token_ids]
+        return [*self.request.token_ids[start : start + self.num_known_tokens], *self.draft_token_ids]
 
     def with_drafts(self, draft_token_ids: Sequence[int]) -> ScheduledRequest:
         """The same, with drafts in its slots: at most so many."""

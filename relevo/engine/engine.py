@@ -19,6 +19,7 @@ from relevo.core.scheduler import Scheduler
 from relevo.engine.beams import BeamCandidates, BeamGroups, EndedBeams
 from relevo.engine.config import EngineConfig, EngineInfo
 from relevo.engine.kv_cache import KVCache
+from relevo.engine.loading import load_configured
 from relevo.engine.logits_processors import make_processor
 from relevo.engine.model_runner import ModelRunner, RunResult
 from relevo.engine.prompt_logprobs import max_rows
@@ -44,7 +45,6 @@ from relevo.grammar.matcher import start_matching
 from relevo.kernels import load_backend
 from relevo.model_files import generation_defaults, resolve_model
 from relevo.models.layout import KVLayout
-from relevo.models.loader import load_model
 from relevo.tokenizer import TOKENIZER_FILE, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -60,16 +60,7 @@ class Engine:
         device = choose_device(config.device)
         set_num_threads(config.threads)
         kernels = load_backend(config.attention_backend, device.type)
-        model = load_model(
-            files,
-            dtype=config.dtype,
-            device=device,
-            load_format=config.load_format,
-            seed=config.seed,
-            kernels=kernels,
-            passes=config.passes,
-            quantization=config.quantization,
-        )
+        model = load_configured(config, files, kernels, device)
         keep_freed_memory()
         layout = KVLayout(layers=model.layout_layers, dtype=model.dtype, block_size=config.block_size)
         draft = load_draft_model(config, kernels, device)
@@ -377,7 +368,7 @@ class Engine:
 def chunks_of(output: SchedulerOutput) -> list[Chunk]:
     """What a step is to compute of prompts; plain steps of running requests are none. Before the step is accounted."""
     return [
-        Chunk(entry.request.request_id, entry.num_scheduled_tokens - len(entry.draft_token_ids))
+        Chunk(entry.request.request_id, entry.num_known_tokens)
         for entry in output.scheduled
-        if entry.num_scheduled_tokens - len(entry.draft_token_ids) > 1 or not entry.request.num_output_tokens
+        if entry.num_known_tokens > 1 or not entry.request.num_output_tokens
     ]

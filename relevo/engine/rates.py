@@ -27,7 +27,7 @@ class EngineRates:
         """Account for a step that took so long."""
         if not output.scheduled:
             return
-        num_rows = output.num_scheduled_tokens - sum(len(entry.draft_token_ids) for entry in output.scheduled)
+        num_rows = sum(entry.num_known_tokens for entry in output.scheduled)
         # Chunks worth the name: the tail of a split request is a handful of rows and says nothing of a prompt's speed.
         if num_rows >= len(output.scheduled) + 2 * self._block_size:
             self.prefill_tokens_per_second = _mean(self.prefill_tokens_per_second, num_rows / seconds)

@@ -13,6 +13,7 @@ from relevo.core.schedule import ScheduledRequest
 from relevo.demo import draft_path
 from relevo.engine.config import EngineConfig
 from relevo.engine.kv_cache import KVCache
+from relevo.engine.loading import load_configured
 from relevo.engine.model_runner import ModelRunner
 from relevo.engine.spec_decode.draft_model import DraftModelProposer
 from relevo.engine.spec_decode.ngram import NgramProposer
@@ -23,7 +24,6 @@ from relevo.engine.spec_decode.suffix import SuffixProposer
 from relevo.kernels import Kernels
 from relevo.model_files import resolve_model
 from relevo.models.causal_lm import CausalLM
-from relevo.models.loader import load_model
 
 MEASURED_ROWS = (1, 2, 4, 8, 16, 32, 64)
 MEASURED_RUNS = 3  # the quickest counts
@@ -35,16 +35,7 @@ def load_draft_model(config: EngineConfig, kernels: Kernels, device: torch.devic
     if kind != "draft":
         return None
     files = resolve_model(str(draft_path()) if path == "demo" else path, weights=config.load_format != "dummy")
-    return load_model(
-        files,
-        dtype=config.dtype,
-        device=device,
-        load_format=config.load_format,
-        seed=config.seed,
-        kernels=kernels,
-        passes=config.passes,
-        quantization=config.quantization,
-    )
+    return load_configured(config, files, kernels, device)
 
 
 def make_speculator(

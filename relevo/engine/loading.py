@@ -1,0 +1,25 @@
+"""A model as the engine's configuration wants it: the target, or a draft model beside it."""
+
+from __future__ import annotations
+
+import torch
+
+from relevo.engine.config import EngineConfig
+from relevo.kernels import Kernels
+from relevo.model_files import ModelFiles
+from relevo.models.causal_lm import CausalLM
+from relevo.models.loader import load_model
+
+
+def load_configured(config: EngineConfig, files: ModelFiles, kernels: Kernels, device: torch.device) -> CausalLM:
+    """Raises StartupError if it can't be loaded."""
+    return load_model(
+        files,
+        dtype=config.dtype,
+        device=device,
+        load_format=config.load_format,
+        seed=config.seed,
+        kernels=kernels,
+        passes=config.passes,
+        quantization=config.quantization,
+    )
