@@ -12,6 +12,9 @@ import pytest
 if TYPE_CHECKING:
     from tests.support.tiny_models import TinyModels
 
+# Triton looks when a kernel is defined: without a GPU its interpreter runs them.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # The same examples in every run: a red test is somebody's change. HYPOTHESIS_PROFILE=explore looks for new ones.
 hypothesis.settings.register_profile("relevo", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("explore", deadline=None)

@@ -10,7 +10,7 @@ from relevo.core.errors import StartupError
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
 Device = Literal["auto", "cpu", "cuda"]
-AttentionBackend = Literal["auto", "reference", "cpu"]
+AttentionBackend = Literal["auto", "reference", "cpu", "triton"]
 Quantization = Literal["none", "int8"]
 
 DEFAULT_DRAFTS = {"draft": 5, "ngram": 10, "suffix": 10}  # those who compute nothing for a draft may try more

@@ -1,13 +1,16 @@
 """Attention over a paged KV cache: one module a backend, the same functions in each.
 
-`reference` is plain torch, runs everywhere and is what the others are tested against; `cpu` is numba.
-Importing this package imports neither torch nor numba; `load_backend` imports what it needs.
+`reference` is plain torch, runs everywhere and is what the others are tested against; `cpu` is numba; `triton` is for
+GPUs, and runs on a CPU only in Triton's interpreter (TRITON_INTERPRET=1, for tests).
+Importing this package imports neither torch nor numba nor triton; `load_backend` imports what it needs.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from relevo.kernels.metadata import AttentionMetadata
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BACKENDS", "Activation", "AttentionMetadata", "Kernels", "PreparedLinear", "load_backend"]
 
-BACKENDS = ("auto", "reference", "cpu")
+BACKENDS = ("auto", "reference", "cpu", "triton")
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
@@ -193,7 +196,7 @@ class Kernels(Protocol):
 
 
 def load_backend(name: str, device: str) -> Kernels:
-    """Import a backend by name; `auto` is `cpu` on a CPU and `reference` on any other device.
+    """Import a backend by name; `auto` is `cpu` on a CPU, and on any other device `triton` where it is installed.
 
     Raises ValueError if the name is unknown, or names a backend that cannot run on `device`.
     """
@@ -201,7 +204,11 @@ def load_backend(name: str, device: str) -> Kernels:
         raise ValueError(f"unknown kernel backend {name!r}: choose one of {', '.join(BACKENDS)}")
     on_cpu = device.partition(":")[0] == "cpu"
     if name == "auto":
-        name = "cpu" if on_cpu else "reference"
+        name = "cpu" if on_cpu else "triton" if find_spec("triton") else "reference"
     if name == "cpu" and not on_cpu:
-        raise ValueError(f"kernel backend 'cpu' cannot run on device {device!r}: choose 'reference' or 'auto'")
+        raise ValueError(
+            f"kernel backend 'cpu' cannot run on device {device!r}: choose 'triton', 'reference' or 'auto'"
+        )
+    if name == "triton" and on_cpu and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("kernel backend 'triton' needs a GPU: on a CPU choose 'cpu' or 'auto'")
     return cast(Kernels, import_module(f"relevo.kernels.{name}"))

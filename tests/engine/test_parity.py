@@ -41,7 +41,7 @@ def generate(
 
 
 @pytest.mark.parametrize("passes", [True, False], ids=["passes", "plain"])
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_greedy_equals_transformers(tiny_models: TinyModels, architecture: str, backend: str, passes: bool) -> None:
     """One batch of mixed lengths in chunks of 32, then again from the cache, then one by one."""

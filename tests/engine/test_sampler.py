@@ -32,7 +32,7 @@ def make_logits(n: int, vocab: int, seed: int = 0, spread: float = 3.0) -> torch
     return torch.randn(n, vocab, generator=torch.Generator().manual_seed(seed)) * spread
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "triton"])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     return load_backend(request.param, "cpu")
 
@@ -74,7 +74,7 @@ ROW_PARAMS = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 @settings(max_examples=40, deadline=None)
 @given(
     params=st.lists(ROW_PARAMS, min_size=1, max_size=9),

@@ -23,7 +23,7 @@ EDGES = [(1, 1), (15, 15), (16, 1), (17, 17), (33, 1), (32, 5), (63, 31), (64, 2
 MIXED = [(5, 5), (70, 1), (40, 9), (90, 2)]
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "triton"])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     return load_backend(request.param, "cpu")
 

@@ -24,7 +24,7 @@ ACTIVATIONS: list[Activation] = ["silu", "gelu", "gelu_tanh"]
 SHAPES = [(1, 1), (3, 7), (2, 8), (5, 33), (1, 896), (4, 100), (0, 16), (70, 520)]
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "triton"])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     return load_backend(request.param, "cpu")
 
@@ -155,7 +155,7 @@ def test_rotary_of_mixed_types_is_that_of_the_reference(kernels: Kernels) -> Non
     assert cache[:, 1][slots // 4, slots % 4].equal(key.bfloat16())
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 40),

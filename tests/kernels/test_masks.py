@@ -8,7 +8,7 @@ import torch
 from relevo.kernels import load_backend
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("vocab", [1, 31, 32, 33, 4096, 4099])
 def test_a_mask_excludes_what_its_bits_do_not_name(backend: str, vocab: int) -> None:
     kernels = load_backend(backend, "cpu")

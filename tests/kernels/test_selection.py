@@ -19,7 +19,7 @@ VOCABS = [1, 2, 63, 64, 65, 130, 4099, 20_001]
 KINDS = ["distinct", "tied", "masked", "signed zeros", "nan", "equal"]
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "triton"])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     return load_backend(request.param, "cpu")
 
@@ -92,7 +92,7 @@ def test_samples_are_those_of_the_definition(vocab: int, spread: float) -> None:
             assert kernels.sample(logits, temperature, min_p, top_k, top_p, uniforms).equal(expected), (kind, case)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 @settings(max_examples=100, deadline=None)
 @given(
     levels=st.lists(st.integers(0, 4), min_size=2, max_size=300),

@@ -9,7 +9,7 @@ from relevo.kernels import Kernels, load_backend
 from tests.kernels.paged import make_batch
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "triton"])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     return load_backend(request.param, "cpu")
 
