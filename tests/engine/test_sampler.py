@@ -48,12 +48,12 @@ def choose(kernels: Kernels, logits: list[float] | torch.Tensor, row: SamplingRo
     return sample(kernels, torch.as_tensor(logits, dtype=torch.float32).unsqueeze(0), [row])[0].token_id
 
 
-def process(logits: torch.Tensor, row: SamplingRow) -> torch.Tensor:
-    return process_rows(logits, [row])[0]
+def process(kernels: Kernels, logits: torch.Tensor, row: SamplingRow) -> torch.Tensor:
+    return process_rows(logits, [row], kernels)[0]
 
 
-def processed(logits: list[float], row: SamplingRow) -> list[float]:
-    result: list[float] = process(torch.tensor([logits]), row)[0].tolist()
+def processed(kernels: Kernels, logits: list[float], row: SamplingRow) -> list[float]:
+    result: list[float] = process(kernels, torch.tensor([logits]), row)[0].tolist()
     return result
 
 
@@ -140,29 +140,32 @@ def test_what_leaves_one_token_is_greedy(kernels: Kernels, params: dict[str, Any
     assert [token.token_id for token in tokens] == logits.argmax(-1).tolist()
 
 
-def test_penalties_by_hand() -> None:
+def test_penalties_by_hand(kernels: Kernels) -> None:
     """Prompt 0 1, output 1 2 2. Repetition 2 halves or doubles 0 1 2; frequency 0.5 and presence 0.25 count output."""
     logits = [4.0, -1.0, 3.0, 1.0]
     row = make_row([0, 1], [1, 2, 2], repetition_penalty=2.0, frequency_penalty=0.5, presence_penalty=0.25)
-    assert processed(logits, row) == [2.0, -2.0 - 0.5 - 0.25, 1.5 - 1.0 - 0.25, 1.0]
-    assert processed(logits, make_row([0, 1], [1, 2, 2], frequency_penalty=-1.0)) == [4.0, 0.0, 5.0, 1.0]
-    assert processed(logits, make_row([0, 1], [1, 2, 2], presence_penalty=1.0)) == [4.0, -2.0, 2.0, 1.0]
-    assert processed(logits, make_row([0, 1], presence_penalty=1.0, frequency_penalty=1.0)) == logits
+    assert processed(kernels, logits, row) == [2.0, -2.0 - 0.5 - 0.25, 1.5 - 1.0 - 0.25, 1.0]
+    assert processed(kernels, logits, make_row([0, 1], [1, 2, 2], frequency_penalty=-1.0)) == [4.0, 0.0, 5.0, 1.0]
+    assert processed(kernels, logits, make_row([0, 1], [1, 2, 2], presence_penalty=1.0)) == [4.0, -2.0, 2.0, 1.0]
+    assert processed(kernels, logits, make_row([0, 1], presence_penalty=1.0, frequency_penalty=1.0)) == logits
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(0, 49), min_size=1, max_size=80), st.floats(0.2, 3.0), st.integers(0, 99))
-def test_repetition_penalty_equals_transformers(token_ids: list[int], penalty: float, seed: int) -> None:
+@given(
+    token_ids=st.lists(st.integers(0, 49), min_size=1, max_size=80), penalty=st.floats(0.2, 3.0), seed=st.integers(0, 99)
+)
+def test_repetition_penalty_equals_transformers(backend: str, token_ids: list[int], penalty: float, seed: int) -> None:
     logits = make_logits(1, 50, seed)
     row = make_row(token_ids, repetition_penalty=penalty)
     expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([token_ids]), logits.clone())
-    torch.testing.assert_close(process(logits, row), expected, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(process(load_backend(backend, "cpu"), logits, row), expected, rtol=1e-6, atol=0.0)
 
 
-def test_bias_comes_before_penalties_and_leaves_the_callers_logits_alone() -> None:
+def test_bias_comes_before_penalties_and_leaves_the_callers_logits_alone(kernels: Kernels) -> None:
     logits = torch.tensor([[1.0, 1.0, 1.0]])
     row = make_row([0], [1], logit_bias={1: 3.0, 99: 5.0}, repetition_penalty=2.0)
-    assert process(logits, row).tolist() == [[0.5, 2.0, 1.0]]
+    assert process(kernels, logits, row).tolist() == [[0.5, 2.0, 1.0]]
     assert logits.tolist() == [[1.0, 1.0, 1.0]]
 
 

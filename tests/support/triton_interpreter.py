@@ -1,7 +1,8 @@
-"""Triton 3.6's interpreter, made to do what a GPU does: two places where it does not.
+"""Triton 3.6's interpreter, made to do what a GPU does: three places where it does not.
 
-A float32 becomes the nearest bfloat16, of two the even one (it cuts the lower bits off). A scalar may bound a loop with
-NumPy 2.4 too, which no longer takes an array of one element for a number.
+A float32 becomes the nearest bfloat16, of two the even one (it cuts the lower bits off). A matrix product of bfloat16 is
+one of numbers, and a whole number becomes one (it takes their bits for integers). A scalar may bound a loop with NumPy 2.4 too, which no longer takes an
+array of one element for a number.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from triton.runtime import interpreter
 
 _convert_float = interpreter._convert_float
 _patch_lang_tensor = interpreter._patch_lang_tensor
+_create_dot = interpreter.InterpreterBuilder.create_dot
+_cast = interpreter.InterpreterBuilder.cast_impl
 
 
 def mend() -> None:
     """For this process; repeating it is harmless."""
     interpreter._convert_float = _convert
     interpreter._patch_lang_tensor = _patch
+    interpreter.InterpreterBuilder.create_dot = _dot
+    interpreter.InterpreterBuilder.cast_impl = _cast_by_value
 
 
 def _convert(values: npt.NDArray[Any], source: Any, target: Any, rounding_mode: Any) -> npt.NDArray[Any]:
@@ -35,3 +40,20 @@ def _convert(values: npt.NDArray[Any], source: Any, target: Any, rounding_mode: 
 def _patch(tensor: Any, scope: Any) -> None:
     _patch_lang_tensor(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+def _dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
+    return _create_dot(self, _widened(a), _widened(b), *others)
+
+
+def _widened(operand: Any) -> Any:
+    if operand.dtype.scalar != tl.bfloat16:
+        return operand
+    values = interpreter._convert_float(operand.data, tl.bfloat16, tl.float32, None).view(np.float32)
+    return interpreter.TensorHandle(values, tl.float32)
+
+
+def _cast_by_value(self: Any, source: Any, target: Any) -> Any:
+    if source.dtype.scalar.is_int() and target.scalar == tl.bfloat16:
+        source = interpreter.TensorHandle(source.data.astype(np.float32), tl.float32)
+    return _cast(self, source, target)

@@ -37,7 +37,7 @@ def merged_exponentials(largest, sums, row, splits, SPLITS: tl.constexpr):
     return row_largest, tl.sum(total, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["token_stride"])
 def score_kernel(
     logits, token_ids, largest, sums, likelier, row_stride, token_stride, vocab, CHUNK: tl.constexpr
 ):
@@ -53,7 +53,7 @@ def score_kernel(
     tl.store(likelier + place, tl.sum((values > chosen).to(tl.int32), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["token_stride", "tokens"])
 def merge_scores_kernel(
     logits, token_ids, largest, sums, likelier, logprobs, ranks,
     row_stride, token_stride, splits, tokens, SPLITS: tl.constexpr, TOKENS: tl.constexpr,

@@ -13,7 +13,8 @@ from torch import Tensor
 from relevo.kernels import reference
 from relevo.kernels.triton.launch import FLOATS, num_warps
 
-TILE = 4096  # elements of a program, where rows are shorter
+TILE = 4096  # elements of a program, where rows are short and many
+MANY_ROWS = 4096
 
 
 @triton.jit(do_not_specialize=["rows", "inner", "eps", "weight_offset"])
@@ -87,7 +88,7 @@ def _launch(
         return
     assert x.stride(2) == 1 and weight.stride(0) == 1, (x.stride(), weight.stride())
     block = triton.next_power_of_2(dim)
-    rows_at_once = min(triton.next_power_of_2(rows), max(1, TILE // block)) if rows > 512 or block < 512 else 1
+    rows_at_once = max(1, TILE // block) if rows > MANY_ROWS else 1
     rms_norm_kernel[(triton.cdiv(rows, rows_at_once),)](
         x, x if residual is None else residual, weight, out if total is None else total, out,
         rows, inner, x.stride(0), x.stride(1), dim, eps, weight_offset,
