@@ -19,6 +19,7 @@ from relevo.engine.logits_processing import process as process_rows
 from relevo.engine.sampler import BadLogits, SampledToken, Sampler
 from relevo.kernels import Kernels, load_backend
 from tests.support.statistics import chi_squared_pvalue
+from tests.support.triton_interpreter import takes_long
 
 EOS = 2
 
@@ -74,7 +75,7 @@ ROW_PARAMS = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @settings(max_examples=40, deadline=None)
 @given(
     params=st.lists(ROW_PARAMS, min_size=1, max_size=9),
@@ -85,7 +86,20 @@ ROW_PARAMS = st.fixed_dictionaries(
 def test_token_does_not_depend_on_the_rest_of_the_batch(
     backend: str, params: list[dict[str, Any]], vocab: int, random: Any, logits_seed: int
 ) -> None:
-    kernels = load_backend(backend, "cpu")
+    check_alone_and_together(load_backend(backend, "cpu"), params, vocab, random, logits_seed)
+
+
+@settings(max_examples=8, deadline=None)
+@given(params=st.lists(ROW_PARAMS, min_size=1, max_size=3), random=st.randoms(), logits_seed=st.integers(0, 99))
+def test_token_does_not_depend_on_the_rest_of_the_batch_with_triton(
+    params: list[dict[str, Any]], random: Any, logits_seed: int
+) -> None:
+    check_alone_and_together(load_backend("triton", "cpu"), params, 130, random, logits_seed)
+
+
+def check_alone_and_together(
+    kernels: Kernels, params: list[dict[str, Any]], vocab: int, random: Any, logits_seed: int
+) -> None:
     rows = [
         make_row(random.choices(range(7), k=4), random.choices(range(7), k=random.randrange(5)), **p) for p in params
     ]
@@ -108,10 +122,11 @@ def test_rows_beyond_one_part_of_the_draw_get_their_own_token(
 
 
 def test_seed_and_position_choose_the_token(kernels: Kernels) -> None:
-    logits = torch.zeros(200, 1000)
-    by_seed = [token.token_id for token in sample(kernels, logits, [make_row(seed=i) for i in range(200)])]
-    by_position = [token.token_id for token in sample(kernels, logits, [make_row([0] * i) for i in range(1, 201)])]
-    assert len(set(by_seed)) > 150 and len(set(by_position)) > 150
+    n = 40 if takes_long(kernels) else 200
+    logits = torch.zeros(n, 1000)
+    by_seed = [token.token_id for token in sample(kernels, logits, [make_row(seed=i) for i in range(n)])]
+    by_position = [token.token_id for token in sample(kernels, logits, [make_row([0] * i) for i in range(1, n + 1)])]
+    assert len(set(by_seed)) > 0.75 * n and len(set(by_position)) > 0.75 * n
     # Position is that of the new token in the sequence; where the prompt ends makes no difference.
     assert choose(kernels, logits[0], make_row([5, 6], [7, 8], seed=9)) == choose(
         kernels, logits[0], make_row([1, 2, 3, 4], seed=9)
@@ -172,7 +187,7 @@ def test_bias_comes_before_penalties_and_leaves_the_callers_logits_alone(kernels
 def test_bias_of_100_decides(kernels: Kernels) -> None:
     logits = make_logits(1, 500)[0]
     likeliest = int(logits.argmax())
-    for seed in range(50):
+    for seed in range(10 if takes_long(kernels) else 50):
         assert choose(kernels, logits, make_row(seed=seed, logit_bias={77: 100.0})) == 77
         assert (
             choose(kernels, logits, make_row(seed=seed, temperature=2.0, logit_bias={likeliest: -100.0})) != likeliest
@@ -186,7 +201,7 @@ def test_min_tokens_excludes_what_would_end_the_request(kernels: Kernels) -> Non
     assert choose(kernels, logits, make_row([0], [4], **params)) == 4
     assert choose(kernels, logits, make_row([0], [4, 4], **params)) == EOS
     assert choose(kernels, logits, make_row([0], [], ignore_eos=True, **params)) == EOS
-    for seed in range(50):
+    for seed in range(10 if takes_long(kernels) else 50):
         assert choose(kernels, logits, make_row([0], [], seed=seed, min_tokens=1, temperature=5.0)) != EOS
 
 
@@ -212,8 +227,10 @@ def test_logprobs_go_to_the_rows_that_want_them_with_equals_sharing_a_rank(kerne
     assert [(top.token_id, top.rank) for top in everything.top] == [(1, 1), (2, 1), (3, 3), (0, 4)]
 
 
-def test_tokens_follow_the_distribution(kernels: Kernels) -> None:
+@pytest.mark.parametrize("backend", ["reference", "cpu"])  # Triton's draws are held to reference's, one by one
+def test_tokens_follow_the_distribution(backend: str) -> None:
     """Chi-squared at 1e-4 over 20 000 draws in mixed batches; seeds are fixed, so it passes always or never."""
+    kernels = load_backend(backend, "cpu")
     logits = make_logits(1, 10, seed=3, spread=1.0)
     counts: dict[float, list[int]] = {1.0: [0] * 10, 0.5: [0] * 10}
     for batch in range(100):
