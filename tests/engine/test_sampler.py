@@ -168,7 +168,9 @@ def test_penalties_by_hand(kernels: Kernels) -> None:
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @settings(max_examples=30, deadline=None)
 @given(
-    token_ids=st.lists(st.integers(0, 49), min_size=1, max_size=80), penalty=st.floats(0.2, 3.0), seed=st.integers(0, 99)
+    token_ids=st.lists(st.integers(0, 49), min_size=1, max_size=80),
+    penalty=st.floats(0.2, 3.0),
+    seed=st.integers(0, 99),
 )
 def test_repetition_penalty_equals_transformers(backend: str, token_ids: list[int], penalty: float, seed: int) -> None:
     logits = make_logits(1, 50, seed)

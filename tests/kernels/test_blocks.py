@@ -17,9 +17,7 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
 @pytest.mark.parametrize("block_bytes", [8, 12, 30, 7, 8 * 2049])
 @pytest.mark.parametrize("ids", [[], [4], [5, 0, 3]])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-def test_blocks_come_out_and_go_back_in(
-    kernels: Kernels, block_bytes: int, ids: list[int], dtype: torch.dtype
-) -> None:
+def test_blocks_come_out_and_go_back_in(kernels: Kernels, block_bytes: int, ids: list[int], dtype: torch.dtype) -> None:
     storage = torch.randint(0, 256, (6, block_bytes), dtype=torch.uint8)
     block_ids = torch.tensor(ids, dtype=dtype)
     out = torch.full((len(ids), block_bytes), 255, dtype=torch.uint8)

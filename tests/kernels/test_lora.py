@@ -21,9 +21,7 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("rows", "k", "r", "m"), [(0, 8, 4, 8), (1, 7, 1, 5), (16, 64, 16, 128), (37, 600, 20, 130)])
-def test_each_row_gets_its_own_adapter(
-    kernels: Kernels, rows: int, k: int, r: int, m: int, dtype: torch.dtype
-) -> None:
+def test_each_row_gets_its_own_adapter(kernels: Kernels, rows: int, k: int, r: int, m: int, dtype: torch.dtype) -> None:
     num_adapters = 5
     x = torch.randn(rows, k + 3).to(dtype)[:, :k]
     a, b = torch.randn(num_adapters, r, k).to(dtype), torch.randn(num_adapters, m, r).to(dtype)

@@ -116,7 +116,9 @@ def test_a_row_of_triton_gets_the_same_in_any_batch() -> None:
     rest = ([1.0, 0.5, 2.0], [0.0, 0.0, 0.01], [0, 40, 0], [0.9, 1.0, 1.0], [0.1, 0.5, 0.9])
     ids = kernels.sample(logits, *rest)
     for i in range(3):
-        assert kernels.sample(logits[i : i + 1], *(column[i : i + 1] for column in rest)).equal(ids[i : i + 1])
+        temperature, min_p, top_k, top_p, uniforms = rest
+        own = ([temperature[i]], [min_p[i]], [top_k[i]], [top_p[i]], [uniforms[i]])
+        assert kernels.sample(logits[i : i + 1], *own).equal(ids[i : i + 1])
 
 
 EXACT = {

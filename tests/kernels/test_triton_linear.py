@@ -18,9 +18,7 @@ ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0
 @pytest.mark.parametrize(("rows", "ns", "k"), [
     (0, [8], 16), (1, [1], 1), (3, [40, 7], 1100), (16, [33], 520), (17, [33], 65), (70, [130], 64),
 ])  # fmt: skip
-def test_int8_products_match_float64(
-    backend: str, rows: int, ns: list[int], k: int, dtype: torch.dtype
-) -> None:
+def test_int8_products_match_float64(backend: str, rows: int, ns: list[int], k: int, dtype: torch.dtype) -> None:
     weights = [torch.randint(-127, 128, (n, k), dtype=torch.int8) for n in ns]
     scales = [torch.rand(n) / 100 for n in ns]
     biases = [torch.randn(n).to(dtype) if i == 0 else None for i, n in enumerate(ns)]
@@ -39,8 +37,6 @@ def test_int8_products_match_float64(
 
 
 def test_another_number_of_features_is_refused_by_triton() -> None:
-    layer = load_backend("triton", "cpu").prepare_linear(
-        [torch.ones(8, 16, dtype=torch.int8)], [None], [torch.ones(8)]
-    )
+    layer = load_backend("triton", "cpu").prepare_linear([torch.ones(8, 16, dtype=torch.int8)], [None], [torch.ones(8)])
     with pytest.raises(ValueError, match=r"15.*16"):
         layer(torch.randn(2, 15))

@@ -1,8 +1,9 @@
-"""Triton 3.6's interpreter, made to do what a GPU does: four places where it does not.
+"""Triton 3.6's interpreter, made to do what a GPU does, where it does not.
 
-A float32 becomes the nearest bfloat16, of two the even one (it cuts the lower bits off). A matrix product of bfloat16 is
-one of numbers, and a whole number becomes one (it takes their bits for integers). A scalar may bound a loop with NumPy 2.4 too, which no longer takes an
-array of one element for a number. And inf - inf is NaN, without a warning.
+- A float32 becomes the nearest bfloat16, of two the even one. (It cuts the lower bits off.)
+- bfloat16 are multiplied, and made of whole numbers, as what they stand for. (It takes their bits for integers.)
+- A scalar may bound a loop with NumPy 2.4 too. (It takes an array of one element for a number.)
+- inf - inf is NaN, without a warning.
 """
 
 from __future__ import annotations

@@ -12,7 +12,15 @@ BLOCK = 2048  # words of a program
 
 @triton.jit
 def copy_blocks_kernel(
-    source, target, block_ids, source_stride, target_stride, words, num_blocks, GATHER: tl.constexpr, BLOCK: tl.constexpr
+    source,
+    target,
+    block_ids,
+    source_stride,
+    target_stride,
+    words,
+    num_blocks,
+    GATHER: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Row i of one side is row block_ids[i] of the other; an id outside the cache moves nothing."""
     row = tl.program_id(0).to(tl.int64)

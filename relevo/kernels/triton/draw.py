@@ -33,7 +33,17 @@ LISTED = 16384  # keys of a row; where there are more, select reads the row agai
 
 @triton.jit(do_not_specialize=["rows"])
 def sum_kernel(
-    logits, settings, largest, sums, groups, row_stride, rows, vocab, num_groups, CHUNK: tl.constexpr, GROUP: tl.constexpr
+    logits,
+    settings,
+    largest,
+    sums,
+    groups,
+    row_stride,
+    rows,
+    vocab,
+    num_groups,
+    CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     ids = split * CHUNK + tl.arange(0, CHUNK)
@@ -81,9 +91,7 @@ def sample(
         )
     times = torch.empty(rows, splits, dtype=torch.float64, device=device)
     winners = torch.empty(rows, splits, dtype=torch.int32, device=device)
-    race_kernel[(rows, splits)](
-        *row, lowest, times, winners, *shape, CHUNK=CHUNK, SPLITS=SPLITS, num_warps=8
-    )
+    race_kernel[(rows, splits)](*row, lowest, times, winners, *shape, CHUNK=CHUNK, SPLITS=SPLITS, num_warps=8)
     finish_kernel[(rows,)](*row, lowest, times, winners, out, *shape, splits, SPLITS=SPLITS, num_warps=1)
     return out
 

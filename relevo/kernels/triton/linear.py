@@ -25,8 +25,10 @@ def int8_kernel(
     x, weight, scale, bias, out, rows, x_stride, weight_stride, in_features, out_features, part,
     HAS_BIAS: tl.constexpr, PARTIAL: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
 ):  # fmt: skip
-    """A tile of outputs over [split * part, (split + 1) * part) of the inputs. PARTIAL: out is [splits, rows, out_features]
-    float32, without scale and bias."""
+    """A tile of outputs over [split * part, (split + 1) * part) of the inputs.
+
+    PARTIAL: out is [splits, rows, out_features] float32, without scale and bias.
+    """
     column = tl.program_id(0) * OUT + tl.arange(0, OUT)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(2)
@@ -38,9 +40,7 @@ def int8_kernel(
     for first in range(split * part, end, IN):
         feature = first + tl.arange(0, IN)
         values = tl.load(x + feature[None, :], mask=known_rows[:, None] & (feature < end)[None, :], other=0.0)
-        weights = tl.load(
-            weight + feature[:, None], mask=(feature < end)[:, None] & known_columns[None, :], other=0
-        )
+        weights = tl.load(weight + feature[:, None], mask=(feature < end)[:, None] & known_columns[None, :], other=0)
         result = tl.dot(values, weights.to(x.dtype.element_ty), result, input_precision="ieee")
     place = row.to(tl.int64)[:, None] * out_features + column[None, :]
     inside = known_rows[:, None] & known_columns[None, :]
@@ -54,14 +54,12 @@ def int8_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def add_parts_kernel(
-    parts, scale, bias, out, rows, splits, out_features, HAS_BIAS: tl.constexpr, OUT: tl.constexpr
-):
+def add_parts_kernel(parts, scale, bias, out, rows, splits, out_features, HAS_BIAS: tl.constexpr, OUT: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * OUT + tl.arange(0, OUT)
     inside = column < out_features
     total = tl.zeros([OUT], tl.float32)
-    for split in range(0, splits):
+    for split in range(splits):
         total += tl.load(parts + (split * rows + row) * out_features + column, mask=inside, other=0.0)
     total *= tl.load(scale + column, mask=inside, other=0.0)
     if HAS_BIAS:

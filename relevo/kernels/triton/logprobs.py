@@ -38,9 +38,7 @@ def merged_exponentials(largest, sums, row, splits, SPLITS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["token_stride"])
-def score_kernel(
-    logits, token_ids, largest, sums, likelier, row_stride, token_stride, vocab, CHUNK: tl.constexpr
-):
+def score_kernel(logits, token_ids, largest, sums, likelier, row_stride, token_stride, vocab, CHUNK: tl.constexpr):
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     logits += row * row_stride
     ids = split * CHUNK + tl.arange(0, CHUNK)

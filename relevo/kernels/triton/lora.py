@@ -67,7 +67,7 @@ def up_kernel(
     wanted = tl.load(adapters + row, mask=row < rows, other=-1)
     rank_index = tl.arange(0, RANK)
     small = tl.zeros([ROWS, RANK], tl.float32)
-    for split in range(0, splits):
+    for split in range(splits):
         place = (split * rows + row[:, None]) * RANK + rank_index[None, :]
         small += tl.load(parts + place, mask=(row < rows)[:, None], other=0.0)
     small *= tl.load(scale + wanted, mask=wanted >= 0, other=0.0).to(tl.float32)[:, None]
@@ -98,7 +98,11 @@ def sgmv(x: Tensor, a: Tensor, b: Tensor, adapters: Tensor, scale: Tensor, out: 
     assert x.stride(1) == a.stride(2) == b.stride(2) == out.stride(1) == 1, (x.stride(), a.stride(), b.stride())
     if rows == 0 or rank == 0 or len(a) == 0 or out.numel() == 0:
         return
-    padded, splits, tiles = max(16, triton.next_power_of_2(rank)), triton.cdiv(features_in, PART), triton.cdiv(rows, ROWS)
+    padded, splits, tiles = (
+        max(16, triton.next_power_of_2(rank)),
+        triton.cdiv(features_in, PART),
+        triton.cdiv(rows, ROWS),
+    )
     parts = torch.empty(splits, rows, padded, dtype=torch.float32, device=x.device)
     down_kernel[(tiles, splits)](
         x, a, adapters, parts, rows, x.stride(0), a.stride(0), a.stride(1), features_in, rank=rank,

@@ -22,7 +22,9 @@ def race_kernel(
     """times, winners: [rows, splits], the first block of each chunk to come and when."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     ids = split * CHUNK + tl.arange(0, CHUNK)
-    weights = _weights(logits, settings, largest, sums, lowest, row, tl.num_programs(1), ids, row_stride, rows, vocab, SPLITS)
+    weights = _weights(
+        logits, settings, largest, sums, lowest, row, tl.num_programs(1), ids, row_stride, rows, vocab, SPLITS
+    )
     blocks = tl.sum(tl.reshape(weights, [CHUNK // RACE_BLOCK, RACE_BLOCK]), axis=1)
     runners = split * (CHUNK // RACE_BLOCK) + tl.arange(0, CHUNK // RACE_BLOCK)
     first, winner = tl.min(_times(settings, row, rows, blocks, runners), axis=0, return_indices=True)

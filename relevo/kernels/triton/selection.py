@@ -79,7 +79,7 @@ def _search(
     logits, settings, largest, sums, keys, row, row_stride, rows, vocab, splits, listed, count,
     low, high, wanted, BY_PROBABILITY: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """The largest bound in [low, high) from which on there is as much as wanted, low if none; and the weight from there.
+    """(bound, weight): the largest in [low, high) from which on there is as much as wanted, low if none; what is there.
 
     Of keys, by what they weigh; or of their probabilities alone, by how many there are. PIVOTS bounds are tried in one
     reading of the list; where the list is too short, of the row.
