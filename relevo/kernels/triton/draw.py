@@ -31,7 +31,7 @@ READ = 1024  # of a list, at once
 LISTED = 16384  # keys of a row; where there are more, select reads the row again instead
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "num_groups"])
 def sum_kernel(
     logits,
     settings,
@@ -72,14 +72,14 @@ def sample(
         return out
     settings = _on_device([temperature, min_p, top_k, top_p, uniforms], device)
     splits, num_groups = triton.cdiv(vocab, CHUNK), triton.cdiv(vocab, GROUP)
-    stats = torch.empty(2, rows, splits, dtype=torch.float32, device=device)
+    largest = torch.empty(rows, splits, dtype=torch.float32, device=device)
     groups = torch.empty(rows, num_groups, dtype=torch.float32, device=device)
-    row = (logits, settings, stats[0], stats[1])
+    row = (logits, settings, largest, torch.empty_like(largest))
     shape = (logits.stride(0), rows, vocab)
     sum_kernel[(rows, splits)](*row, groups, *shape, num_groups, CHUNK=CHUNK, GROUP=GROUP, num_warps=8)
-    lowest = torch.zeros(3, rows, dtype=torch.int64, device=device)
+    # each begins at a multiple of 16 bytes, so that one compilation serves any number of rows
+    lowest, counts, weights = torch.zeros(3, rows + rows % 2, dtype=torch.int64, device=device)
     if any(k > 0 for k in top_k) or any(p < 1.0 for p in top_p):
-        counts, weights = lowest[1], lowest[2]
         keys = torch.empty(rows, min(LISTED, vocab), dtype=torch.int64, device=device)
         listed = keys.shape[1]
         list_kernel[(rows, splits)](

@@ -53,7 +53,7 @@ def int8_kernel(
         tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "splits"])
 def add_parts_kernel(parts, scale, bias, out, rows, splits, out_features, HAS_BIAS: tl.constexpr, OUT: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * OUT + tl.arange(0, OUT)

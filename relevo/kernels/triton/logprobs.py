@@ -51,7 +51,7 @@ def score_kernel(logits, token_ids, largest, sums, likelier, row_stride, token_s
     tl.store(likelier + place, tl.sum((values > chosen).to(tl.int32), axis=0))
 
 
-@triton.jit(do_not_specialize=["token_stride", "tokens"])
+@triton.jit(do_not_specialize=["token_stride", "splits", "tokens"])
 def merge_scores_kernel(
     logits, token_ids, largest, sums, likelier, logprobs, ranks,
     row_stride, token_stride, splits, tokens, SPLITS: tl.constexpr, TOKENS: tl.constexpr,
@@ -81,14 +81,13 @@ def score(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     likelier = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows == 0:
         return logprobs, likelier
-    largest = torch.empty(2, rows, splits, dtype=torch.float32, device=logits.device)
+    largest = torch.empty(rows, splits, dtype=torch.float32, device=logits.device)
+    sums = torch.empty_like(largest)
     counts = torch.empty(rows, splits, dtype=torch.int32, device=logits.device)
     strides = (logits.stride(0), token_ids.stride(0))
-    score_kernel[(rows, splits)](
-        logits, token_ids, largest[0], largest[1], counts, *strides, vocab, CHUNK=CHUNK, num_warps=8
-    )
+    score_kernel[(rows, splits)](logits, token_ids, largest, sums, counts, *strides, vocab, CHUNK=CHUNK, num_warps=8)
     merge_scores_kernel[(rows,)](
-        logits, token_ids, largest[0], largest[1], counts, logprobs, likelier, *strides, splits, tokens,
+        logits, token_ids, largest, sums, counts, logprobs, likelier, *strides, splits, tokens,
         SPLITS=SPLITS, TOKENS=32, num_warps=1,
     )  # fmt: skip
     return logprobs, likelier

@@ -56,7 +56,7 @@ def down_kernel(
     tl.store(parts + place, result, mask=(row < rows)[:, None])
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "splits"])
 def up_kernel(
     parts, b, adapters, scale, out, rows, splits, b_adapter, b_feature, out_stride, features, rank: tl.constexpr,
     ROWS: tl.constexpr, RANK: tl.constexpr, FEATURES_OUT: tl.constexpr,

@@ -10,7 +10,7 @@ from torch import Tensor
 WORDS = 64  # of a program, 32 ids each
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["mask_stride"])
 def mask_logits_kernel(logits, rows, masks, row_stride, mask_stride, vocab, WORDS: tl.constexpr):
     mask = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + mask)

@@ -32,7 +32,7 @@ def race_kernel(
     tl.store(winners + row * tl.num_programs(1) + split, split * (CHUNK // RACE_BLOCK) + winner)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "splits"])
 def finish_kernel(
     logits, settings, largest, sums, lowest, times, winners, out,
     row_stride, rows, vocab, splits, SPLITS: tl.constexpr,

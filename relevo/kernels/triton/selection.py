@@ -11,7 +11,7 @@ PIVOTS = tl.constexpr(8)
 ABOVE_ONE = tl.constexpr(0x3F800001)  # the bits after those of 1.0
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "num_groups"])
 def list_kernel(
     logits, settings, largest, sums, groups, keys, counts, weights,
     row_stride, rows, vocab, num_groups, listed, CHUNK: tl.constexpr, SPLITS: tl.constexpr,
@@ -47,7 +47,7 @@ def list_kernel(
         tl.store(keys + row * listed + place, key_of(probs, ids), mask=stays & (place < listed))
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "splits"])
 def select_kernel(
     logits, settings, largest, sums, keys, counts, weights, lowest,
     row_stride, rows, vocab, splits, listed, BLOCK: tl.constexpr, SPLITS: tl.constexpr,

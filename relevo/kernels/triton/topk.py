@@ -24,7 +24,7 @@ def largest_kernel(logits, keys, row_stride, vocab, CHUNK: tl.constexpr):
     tl.store(keys + row * tl.num_programs(1) + split, largest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def merge_largest_kernel(keys, out, splits, SPLITS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     largest = tl.full([SPLITS], NOTHING, tl.int64)
@@ -67,7 +67,7 @@ def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """See `Kernels.top_k`."""
     rows, vocab = _shape(logits)
     splits = triton.cdiv(vocab, TOP_K_CHUNK)
-    kept = triton.next_power_of_2(k) if k <= MOST_KEPT else TOP_K_CHUNK
+    kept = triton.next_power_of_2(max(k, 1)) if k <= MOST_KEPT else TOP_K_CHUNK
     keys = torch.empty(rows, splits * kept, dtype=torch.int64, device=logits.device)
     if keys.numel():
         top_keys_kernel[(rows, splits)](logits, keys, logits.stride(0), vocab, CHUNK=TOP_K_CHUNK, KEPT=kept)
