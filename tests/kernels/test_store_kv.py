@@ -54,8 +54,19 @@ def test_float32_keys_are_rounded_to_the_cache(kernels: Kernels) -> None:
         assert batch.v_cache[slot // 16, slot % 16].equal(value[token].bfloat16())
 
 
-def test_a_slot_past_the_cache_is_refused(kernels: Kernels) -> None:
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_slot_past_the_cache_is_refused(backend: str) -> None:
     batch = make_batch([(30, 1)])
     slots = torch.tensor([batch.storage.shape[0] * 16])
     with pytest.raises(IndexError):
-        kernels.store_kv(batch.key, batch.value, batch.k_cache, batch.v_cache, slots)
+        load_backend(backend, "cpu").store_kv(batch.key, batch.value, batch.k_cache, batch.v_cache, slots)
+
+
+def test_triton_writes_nothing_for_a_slot_outside_the_cache() -> None:
+    """A GPU is not waited for, and a padded batch has such tokens."""
+    batch = make_batch([(30, 3)])
+    batch.storage.zero_()
+    slots = torch.tensor([-1, batch.storage.shape[0] * 16, 5])
+    load_backend("triton", "cpu").store_kv(batch.key, batch.value, batch.k_cache, batch.v_cache, slots)
+    assert batch.k_cache[0, 5].equal(batch.key[2])
+    assert batch.k_cache.count_nonzero() == batch.key[2].count_nonzero()

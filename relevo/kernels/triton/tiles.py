@@ -1,0 +1,63 @@
+"""How large tiles are. Chosen so that sm_90 code spills nothing and fits its shared memory; not tuned on a device yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+
+STAGE_BYTES = 36 << 10  # of keys and values that are on their way at once, in one stage of a packed tile's pipeline
+MAX_PACKED_ROWS = 64  # a sequence with no more rows is one tile
+MIN_SPLIT_KEYS = 256  # fewer are not worth a merge
+MAX_SPLITS = 64
+PROGRAMS_PER_SM = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """block_m rows of queries by block_n keys."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@cache
+def packed_tile(rows: int, dims: int, itemsize: int) -> Tile:
+    """For sequences of at most so many rows: decode and verification. What it waits for is memory.
+
+    dims: of key and value together, padded; itemsize: bytes of an element as it is multiplied
+    """
+    block_n = _power_of_two(STAGE_BYTES // (dims * itemsize), 16, 128)
+    return Tile(max(16, triton.next_power_of_2(rows)), block_n, 8 if dims > 512 else 4, 2 if itemsize == 4 else 3)
+
+
+@cache
+def long_tile(dims: int, itemsize: int) -> Tile:
+    """For prompts and chunks of them. What it waits for is the matrix product."""
+    if itemsize == 4:
+        return Tile(32 if dims <= 256 else 16, 32 if dims <= 256 else 16, 4 if dims <= 512 else 8, 1)
+    if dims <= 256:
+        return Tile(128, 64, 8, 3)
+    if dims <= 512:
+        return Tile(128, 32, 8, 2)
+    return Tile(64, 16, 8, 2)
+
+
+def num_splits(programs: int, max_keys: int, device: torch.device) -> int:
+    """Of each tile's keys, so that all multiprocessors have work. A function of host integers alone."""
+    wanted = triton.cdiv(PROGRAMS_PER_SM * num_multiprocessors(device), max(1, programs))
+    return max(1, min(wanted, max_keys // MIN_SPLIT_KEYS, MAX_SPLITS))
+
+
+@cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Of the GPU; in the interpreter, few."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _power_of_two(at_most: int, least: int, most: int) -> int:
+    return min(most, max(least, 1 << max(0, at_most.bit_length() - 1)))
