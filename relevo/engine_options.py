@@ -31,6 +31,9 @@ def engine_options(
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="of weights, activations and KV")
     ] = "auto",
+    kv_cache_dtype: Annotated[
+        Literal["auto", "fp8_e4m3"], typer.Option(help="of KV; auto: that of activations, fp8_e4m3: 8 bits")
+    ] = "auto",
     max_model_len: Annotated[
         int | None, typer.Option(min=1, help="tokens of prompt and output together. Default: the model's")
     ] = None,

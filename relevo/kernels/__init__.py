@@ -49,7 +49,16 @@ class Kernels(Protocol):
 
     WIDENS_16_BITS: bool
 
-    def store_kv(self, key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    def store_kv(
+        self,
+        key: Tensor,
+        value: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+    ) -> None:
         """Write a step's keys and values into the cache.
 
         key:          [num_tokens, kv_heads, k_dim], any strides
@@ -57,8 +66,10 @@ class Kernels(Protocol):
         k_cache:      [num_blocks, block_size, kv_heads, k_dim], a strided view; key is cast to its dtype
         v_cache:      [num_blocks, block_size, kv_heads, v_dim], likewise
         slot_mapping: [num_tokens] int64, block_id * block_size + offset
+        k_scale:      [kv_heads] or [1] float32, of a float8_e4m3fn cache: it keeps key / k_scale, at most ±448; None is 1
+        v_scale:      likewise; both or neither are given
 
-        Raises IndexError for a slot outside the cache.
+        Raises IndexError for a slot outside the cache; on a GPU, where nobody waits to see it, writes nothing there.
         """
         ...
 
@@ -73,6 +84,8 @@ class Kernels(Protocol):
         sliding_window: int | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
     ) -> Tensor:
         """Causal attention of a flat batch's queries over their sequences' cached keys and values.
 
@@ -80,6 +93,7 @@ class Kernels(Protocol):
         k_cache: [num_blocks, block_size, kv_heads, k_dim], a strided view
         v_cache: [num_blocks, block_size, kv_heads, v_dim], a strided view
         sinks:   [heads], one logit more in each head's softmax denominator (gpt-oss)
+        k_scale, v_scale: as in store_kv
         returns: [num_tokens, heads, v_dim], contiguous, query's dtype
 
         A query at position p sees keys [max(0, p - sliding_window + 1), p], as in transformers. Logits are
@@ -125,10 +139,12 @@ class Kernels(Protocol):
         k_cache: Tensor,
         v_cache: Tensor,
         slot_mapping: Tensor,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
     ) -> Tensor:
         """Rotate queries and keys (Su et al. 2021, halves rotated as in Llama); write keys and values into the cache.
 
-        query, key, value, k_cache, v_cache, slot_mapping: as in store_kv and paged_attention
+        query, key, value, k_cache, v_cache, slot_mapping, k_scale, v_scale: as in store_kv and paged_attention
         cos, sin: [num_tokens, rot_dim], rot_dim even and at most k_dim; what lies beyond rot_dim stays as it is
         returns: the rotated query, [num_tokens, heads, k_dim], contiguous
 

@@ -72,9 +72,11 @@ def rotary_store_kv(
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """See `Kernels.rotary_store_kv`."""
-    store_kv(_rotate(key, cos, sin), value, k_cache, v_cache, slot_mapping)
+    store_kv(_rotate(key, cos, sin), value, k_cache, v_cache, slot_mapping, k_scale, v_scale)
     return _rotate(query, cos, sin).contiguous()
 
 

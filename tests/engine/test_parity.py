@@ -64,6 +64,18 @@ def test_greedy_equals_transformers_with_triton(tiny_models: TinyModels, archite
     assert answers == [transformers_greedy(path)[i][:5] for i in shortest]
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_cache_in_8_bits_halves_a_block_and_has_other_names(tiny_models: TinyModels, backend: str) -> None:
+    """Tokens are a coarser cache's, and are the same alone, in a batch, and from the cache."""
+    path = str(tiny_models.path("llama"))
+    wide = make_engine(path, backend=backend, dtype="bfloat16")
+    engine = make_engine(path, backend=backend, dtype="bfloat16", kv_cache_dtype="fp8_e4m3")
+    assert 2 * engine.info.block_bytes == wide.info.block_bytes
+    assert engine.info.fingerprint != wide.info.fingerprint
+    answers = generate(engine, prompts())
+    assert all(len(answer) == NUM_TOKENS for answer in answers)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_preempted_requests_end_with_the_same_tokens(tiny_models: TinyModels, architecture: str) -> None:
     """A pool with room for little more than the longest prompt."""

@@ -63,8 +63,10 @@ def _load_rows(
 ):  # fmt: skip
     """Columns [begin, begin + WIDTH) of keys or values; zeros beyond dim and, if MASKED, where not inside."""
     pointers = rows[:, None] + column[None, :]
-    if MASKED:
+    if MASKED and begin + WIDTH > dim:
         tile = tl.load(pointers, mask=inside[:, None] & (column < dim)[None, :], other=0.0)
+    elif MASKED:
+        tile = tl.load(pointers, mask=inside[:, None], other=0.0)
     elif begin + WIDTH > dim:
         tile = tl.load(pointers, mask=(column < dim)[None, :], other=0.0)
     else:
@@ -168,9 +170,9 @@ def attend_kernel(
             top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
             total = tl.zeros((BLOCK_M,), dtype=tl.float32)
             if HAS_SINKS:
-                if split == 0:
-                    top = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * 1.4426950408889634
-                    total = total + 1.0
+                sink = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * 1.4426950408889634
+                top = tl.where(split == 0, sink, top)
+                total = tl.where(split == 0, 1.0, total)
             k_cache += kv_head * k_head
             v_cache += kv_head * v_head
             table = block_table + sequence.to(tl.int64) * table_row

@@ -61,7 +61,7 @@ def paged_attention(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """See `Kernels.paged_attention`. Multiplies in the query's 16 bits if the cache has them or fewer, else in float32."""
+    """See `Kernels.paged_attention`. Multiplies in the query's 16 bits if the cache has the same or 8, else in float32."""
     if query.dtype not in FLOATS or k_cache.dtype not in (*FLOATS, FP8) or v_cache.dtype != k_cache.dtype:
         return reference.paged_attention(
             query, k_cache, v_cache, metadata, scale=scale, sliding_window=sliding_window, softcap=softcap,

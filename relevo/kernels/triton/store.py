@@ -27,7 +27,7 @@ def store_kv_kernel(
     slot = tl.load(slot_mapping + token)
     if (slot >= 0) & (slot < slots):
         block, offset = slot // block_size, slot % block_size
-        head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+        head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
         _store(
             key + token * key_token, key_head, key_column, k_cache + block * k_block + offset * k_offset, k_head,
             k_scale, head, kv_heads, k_dim, K_DIM, SCALES,
@@ -43,17 +43,34 @@ def _store(
     source, source_head, source_column, target, target_head, scale, head,
     kv_heads: tl.constexpr, dim: tl.constexpr, DIM: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
-    column = tl.arange(0, DIM)
-    inside = (head < kv_heads)[:, None] & (column < dim)[None, :]
-    x = tl.load(source + head[:, None] * source_head + column[None, :] * source_column, mask=inside)
+    column = tl.arange(0, DIM)[None, :]
+    inside = (head < kv_heads) & (column < dim)
+    x = tl.load(source + head * source_head + column * source_column, mask=inside)
+    x = to_cache(x, scale, head, kv_heads, target.dtype.element_ty, SCALES)
+    tl.store(target + head * target_head + column, x, mask=inside)
+
+
+@triton.jit
+def to_cache(x, scale, head, kv_heads, dtype: tl.constexpr, SCALES: tl.constexpr):
+    """x, [HEADS, DIM] of heads `head`, [HEADS, 1], as the cache keeps it.
+
+    SCALES: -1 a cache of 16 or 32 bits; of 8 bits 0 no scale, 1 one, 2 one a head
+    """
     if SCALES >= 0:
         x = x.to(tl.float32)
         if SCALES == 1:
             x = x / tl.load(scale)
         if SCALES == 2:
-            x = x / tl.load(scale + head, mask=head < kv_heads, other=1.0)[:, None]
+            x = x / tl.load(scale + head, mask=head < kv_heads, other=1.0)
         x = tl.minimum(tl.maximum(x, -448.0), 448.0)  # the largest float8_e4m3fn
-    tl.store(target + head[:, None] * target_head + column[None, :], x.to(target.dtype.element_ty), mask=inside)
+    return x.to(dtype)
+
+
+def scale_kind(cache: Tensor, scale: Tensor | None) -> int:
+    """SCALES of `to_cache`."""
+    if cache.dtype != FP8:
+        return -1
+    return 0 if scale is None else 2 if scale.numel() > 1 else 1
 
 
 def store_kv(
@@ -79,12 +96,11 @@ def store_kv(
         return
     k_padded, v_padded = triton.next_power_of_2(k_dim), triton.next_power_of_2(v_dim)
     heads_at_once = min(triton.next_power_of_2(kv_heads), max(1, TILE // max(k_padded, v_padded)))
-    scales = 0 if k_scale is None else 2 if k_scale.numel() > 1 else 1
     store_kv_kernel[(num_tokens, triton.cdiv(kv_heads, heads_at_once))](
         key, value, k_cache, v_cache, slot_mapping, key if k_scale is None else k_scale,
         value if v_scale is None else v_scale, *key.stride(), *value.stride(),
         *k_cache.stride()[:3], *v_cache.stride()[:3], num_blocks * block_size,
         kv_heads=kv_heads, k_dim=k_dim, v_dim=v_dim, block_size=block_size, HEADS=heads_at_once,
-        K_DIM=k_padded, V_DIM=v_padded, SCALES=scales if k_cache.dtype == FP8 else -1,
+        K_DIM=k_padded, V_DIM=v_padded, SCALES=scale_kind(k_cache, k_scale),
         num_warps=num_warps(heads_at_once * max(k_padded, v_padded)),
     )  # fmt: skip

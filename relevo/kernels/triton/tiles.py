@@ -1,4 +1,4 @@
-"""How large tiles are. Chosen so that sm_90 code spills nothing and fits its shared memory; not tuned on a device yet."""
+"""How large tiles are: so that code for sm_90 spills nothing and fits in shared memory. Not tuned on a device yet."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ MAX_PACKED_ROWS = 64  # a sequence with no more rows is one tile
 MIN_SPLIT_KEYS = 256  # fewer are not worth a merge
 MAX_SPLITS = 64
 PROGRAMS_PER_SM = 4
+# Triton divides the stages between the block table's entries and the keys and values that they point to: with 5, two
+# tiles of keys and values are on their way.
+PIPELINED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +34,22 @@ def packed_tile(rows: int, dims: int, itemsize: int) -> Tile:
 
     dims: of key and value together, padded; itemsize: bytes of an element as it is multiplied
     """
+    block_m = max(16, triton.next_power_of_2(rows))
     block_n = _power_of_two(STAGE_BYTES // (dims * itemsize), 16, 128)
-    return Tile(max(16, triton.next_power_of_2(rows)), block_n, 8 if dims > 512 else 4, 2 if itemsize == 4 else 3)
+    if itemsize == 4:
+        return Tile(block_m, 16, 8, 2)
+    return Tile(block_m, block_n, 8 if dims > 512 else 4, PIPELINED)
 
 
 @cache
 def long_tile(dims: int, itemsize: int) -> Tile:
     """For prompts and chunks of them. What it waits for is the matrix product."""
     if itemsize == 4:
-        return Tile(32 if dims <= 256 else 16, 32 if dims <= 256 else 16, 4 if dims <= 512 else 8, 1)
+        return Tile(32 if dims <= 256 else 16, 16, 8, 2)
     if dims <= 256:
-        return Tile(128, 64, 8, 3)
+        return Tile(128, 64, 8, PIPELINED)
     if dims <= 512:
-        return Tile(128, 32, 8, 2)
+        return Tile(128, 32, 8, PIPELINED)
     return Tile(64, 16, 8, 2)
 
 
