@@ -66,8 +66,8 @@ class Kernels(Protocol):
         k_cache:      [num_blocks, block_size, kv_heads, k_dim], a strided view; key is cast to its dtype
         v_cache:      [num_blocks, block_size, kv_heads, v_dim], likewise
         slot_mapping: [num_tokens] int64, block_id * block_size + offset
-        k_scale:      [kv_heads] or [1] float32, of a float8_e4m3fn cache: it keeps key / k_scale, at most ±448; None is 1
-        v_scale:      likewise; both or neither are given
+        k_scale:      [kv_heads] or [1] float32, of a float8_e4m3fn cache: it keeps key / k_scale, at most ±448
+        v_scale:      likewise; both or neither are given. None stands for 1
 
         Raises IndexError for a slot outside the cache; on a GPU, where nobody waits to see it, writes nothing there.
         """

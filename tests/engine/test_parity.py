@@ -65,15 +65,17 @@ def test_greedy_equals_transformers_with_triton(tiny_models: TinyModels, archite
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_a_cache_in_8_bits_halves_a_block_and_has_other_names(tiny_models: TinyModels, backend: str) -> None:
-    """Tokens are a coarser cache's, and are the same alone, in a batch, and from the cache."""
+def test_a_cache_in_8_bits_is_a_quarter_of_float32_under_other_names(tiny_models: TinyModels, backend: str) -> None:
+    """Tokens are those of a coarser cache, and the same in a batch, from the cache, and alone."""
     path = str(tiny_models.path("llama"))
-    wide = make_engine(path, backend=backend, dtype="bfloat16")
-    engine = make_engine(path, backend=backend, dtype="bfloat16", kv_cache_dtype="fp8_e4m3")
-    assert 2 * engine.info.block_bytes == wide.info.block_bytes
+    wide = make_engine(path, backend=backend)
+    engine = make_engine(path, backend=backend, kv_cache_dtype="fp8_e4m3")
+    assert 4 * engine.info.block_bytes == wide.info.block_bytes
     assert engine.info.fingerprint != wide.info.fingerprint
     answers = generate(engine, prompts())
-    assert all(len(answer) == NUM_TOKENS for answer in answers)
+    assert has_variety(answers)
+    assert generate(engine, prompts()) == answers
+    assert [generate(engine, [prompt])[0] for prompt in prompts()] == answers
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])

@@ -43,7 +43,7 @@ def _attend(
     query = torch.empty(sum(query_lens), heads, k_dim, dtype=dtype)
     shape, cache = (1, block_size, kv_heads), cache or dtype
     k_cache, v_cache = torch.empty(*shape, k_dim, dtype=cache), torch.empty(*shape, v_dim, dtype=cache)
-    scales = {"k_scale": torch.ones(1), "v_scale": torch.ones(1)} if cache == FP8 else {}
+    scales: dict[str, Any] = {"k_scale": torch.ones(1), "v_scale": torch.ones(1)} if cache == FP8 else {}
     key, value = query[:, :kv_heads], torch.empty(sum(query_lens), kv_heads, v_dim, dtype=dtype)
     triton.store_kv(key, value, k_cache, v_cache, metadata.slot_mapping, **scales)
     triton.paged_attention(query, k_cache, v_cache, metadata, scale=1.0, **scales, **options)

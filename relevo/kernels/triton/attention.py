@@ -61,7 +61,7 @@ def paged_attention(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """See `Kernels.paged_attention`. Multiplies in the query's 16 bits if the cache has the same or 8, else in float32."""
+    """See `Kernels.paged_attention`. Multiplies in the query's dtype, or in float32 if the cache has another."""
     if query.dtype not in FLOATS or k_cache.dtype not in (*FLOATS, FP8) or v_cache.dtype != k_cache.dtype:
         return reference.paged_attention(
             query, k_cache, v_cache, metadata, scale=scale, sliding_window=sliding_window, softcap=softcap,
@@ -139,7 +139,7 @@ def _attend(call: _Call, tile: Tile, rows_above: int, rows_upto: int, *, packed:
 
 
 def _padded(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, int(triton.next_power_of_2(dim)))
 
 
 def _padded_dims(dim: int) -> tuple[int, int]:

@@ -55,7 +55,7 @@ def long_tile(dims: int, itemsize: int) -> Tile:
 
 def num_splits(programs: int, max_keys: int, device: torch.device) -> int:
     """Of each tile's keys, so that all multiprocessors have work. A function of host integers alone."""
-    wanted = triton.cdiv(PROGRAMS_PER_SM * num_multiprocessors(device), max(1, programs))
+    wanted = -(-PROGRAMS_PER_SM * num_multiprocessors(device) // max(1, programs))
     return max(1, min(wanted, max_keys // MIN_SPLIT_KEYS, MAX_SPLITS))
 
 
