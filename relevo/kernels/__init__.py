@@ -1,7 +1,8 @@
 """Attention over a paged KV cache: one module a backend, the same functions in each.
 
 `reference` is plain torch, runs everywhere and is what the others are tested against; `cpu` is numba; `triton` is for
-GPUs, and runs on a CPU only in Triton's interpreter (TRITON_INTERPRET=1, for tests).
+GPUs, and runs on a CPU only in Triton's interpreter (TRITON_INTERPRET=1, for tests); `flash-attn` is `triton` with
+attention by FlashAttention 3.
 Importing this package imports neither torch nor numba nor triton; `load_backend` imports what it needs.
 """
 
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["BACKENDS", "Activation", "AttentionMetadata", "Kernels", "PreparedLinear", "load_backend"]
 
-BACKENDS = ("auto", "reference", "cpu", "triton")
+BACKENDS = ("auto", "reference", "cpu", "triton", "flash-attn")
+
+_PACKAGES = (("flash-attn", "flash_attn_interface"), ("triton", "triton"))  # for a GPU, the best first
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
@@ -264,7 +267,8 @@ class Kernels(Protocol):
 
 
 def load_backend(name: str, device: str) -> Kernels:
-    """Import a backend by name; `auto` is `cpu` on a CPU, and on any other device `triton` where it is installed.
+    """Import a backend by name; `auto` is `cpu` on a CPU, elsewhere the first of `flash-attn`, `triton`, `reference`
+    whose package is installed.
 
     Raises ValueError if the name is unknown, or names a backend that cannot run on `device`.
     """
@@ -272,11 +276,15 @@ def load_backend(name: str, device: str) -> Kernels:
         raise ValueError(f"unknown kernel backend {name!r}: choose one of {', '.join(BACKENDS)}")
     on_cpu = device.partition(":")[0] == "cpu"
     if name == "auto":
-        name = "cpu" if on_cpu else "triton" if find_spec("triton") else "reference"
+        name = "cpu" if on_cpu else next((name for name, package in _PACKAGES if find_spec(package)), "reference")
     if name == "cpu" and not on_cpu:
         raise ValueError(
             f"kernel backend 'cpu' cannot run on device {device!r}: choose 'triton', 'reference' or 'auto'"
         )
     if name == "triton" and on_cpu and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("kernel backend 'triton' needs a GPU: on a CPU choose 'cpu' or 'auto'")
-    return cast(Kernels, import_module(f"relevo.kernels.{name}"))
+    if name == "flash-attn" and on_cpu:
+        raise ValueError("kernel backend 'flash-attn' needs a GPU: on a CPU choose 'cpu' or 'auto'")
+    if name == "flash-attn" and not find_spec(_PACKAGES[0][1]):
+        raise ValueError(f"kernel backend 'flash-attn' needs the package {_PACKAGES[0][1]}, which is not installed")
+    return cast(Kernels, import_module(f"relevo.kernels.{name.replace('-', '_')}"))
