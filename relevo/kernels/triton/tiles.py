@@ -35,7 +35,7 @@ def packed_tile(rows: int, dims: int, itemsize: int) -> Tile:
     dims: of key and value together, padded; itemsize: bytes of an element as it is multiplied
     """
     block_m = max(16, triton.next_power_of_2(rows))
-    block_n = _power_of_two(STAGE_BYTES // (dims * itemsize), 16, 128)
+    block_n = _power_of_two(STAGE_BYTES // (dims * itemsize), 16, 128 if block_m <= 16 else 64)
     if itemsize == 4:
         return Tile(block_m, 16, 8, 2)
     return Tile(block_m, block_n, 8 if dims > 512 else 4, PIPELINED)
@@ -50,7 +50,7 @@ def long_tile(dims: int, itemsize: int) -> Tile:
         return Tile(128, 64, 8, PIPELINED)
     if dims <= 512:
         return Tile(128, 32, 8, PIPELINED)
-    return Tile(64, 16, 8, 2)
+    return Tile(32, 16, 8, PIPELINED)
 
 
 def num_splits(programs: int, max_keys: int, device: torch.device) -> int:
