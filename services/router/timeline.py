@@ -148,7 +148,7 @@ class Timeline:
             self.progress.append((time.perf_counter(), self.num_tokens))
 
     def written(self) -> None:
-        """Tokens were given to the client's connection; the first two times count."""
+        """Tokens are given to the client's connection now; the first two times count."""
         if self.first_at is None:
             self.first_at = time.perf_counter()
         elif self.second_at is None:
