@@ -16,7 +16,7 @@ from tokenizers import AddedToken
 from relevo.core.errors import InvalidRequest, StartupError
 from relevo.fast_encoding import fast_encode
 from relevo.model_files import ModelFiles
-from relevo.token_bytes import bytes_function, decodes_bytes_apart, from_byte_level
+from relevo.token_bytes import TokenTable, bytes_function, decodes_bytes_apart, from_byte_level
 
 TOKENIZER_FILE = "tokenizer.json"
 # Other forms of a tokenizer, which transformers can convert. config.json alone (dummy shapes) has none.
@@ -51,14 +51,12 @@ class Tokenizer:
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
-        self._backend = backend
         self._fast_encode = fast_encode(backend)
         # What the model wants around a text: BOS before it, mostly.
         self._around = _around(backend)
         self._special_tokens = dict(special_tokens or {})
         self._chat_templates = dict(chat_templates or {})
         self._special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
-        self._bytes: dict[int, bytes] = {}
         decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {"type": "none"}
         self._to_bytes = bytes_function(decoder)
         self.replaces_each_byte: bool = decodes_bytes_apart(decoder)
@@ -66,6 +64,11 @@ class Tokenizer:
         eos = self._special_tokens.get("eos_token")
         eos_id = None if eos is None else backend.token_to_id(eos)
         self.eos_token_ids: tuple[int, ...] = () if eos_id is None else (eos_id,)
+        self._bytes: dict[int, bytes] = {}
+        self._table = self._make_table(backend)
+        # Up to 100 MB, and of no more use where others encode and decode.
+        is_replaced = self._table is not None and self._fast_encode is not None and self._around is not None
+        self._backend = None if is_replaced else backend
 
     @classmethod
     def from_files(cls, files: ModelFiles) -> Tokenizer | None:
@@ -99,12 +102,17 @@ class Tokenizer:
         if self._fast_encode is not None and (self._around is not None or not add_special_tokens):
             ids = self._fast_encode(text)
             return [*self._around[0], *ids, *self._around[1]] if add_special_tokens and self._around else ids
+        assert self._backend is not None
         # fast: without offsets into the text, which nobody asks for; they cost a quarter of the time.
         [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(encoding.ids)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text; incomplete or invalid UTF-8 becomes U+FFFD, ids that are no token become nothing."""
+        if self._table is not None:
+            skipped = self._special_ids if skip_special_tokens else frozenset()
+            return b"".join(self._table[i] for i in token_ids if i not in skipped).decode(errors="replace")
+        assert self._backend is not None
         text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
@@ -113,6 +121,8 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token adds to a text that has begun: perhaps part of a character. b"" for an id that is no token."""
+        if self._table is not None:
+            return self._table[token_id]
         known = self._bytes.get(token_id)
         if known is None:
             known = self._bytes[token_id] = self._find_bytes(token_id)
@@ -134,28 +144,21 @@ class Tokenizer:
     ) -> str:
         """A chat as the text that the model was trained on.
 
-        template_kwargs: `tools` and `documents` (lists of dicts), `continue_final_message`, and any variable of the
-        template. Raises InvalidRequest if there is no template, or it refuses the messages.
+        template_kwargs: `tools` and `documents` (lists of dicts), and any variable of the template. Raises
+        InvalidRequest if there is no template, or it refuses the messages.
         """
-        import jinja2
-        from transformers.utils.chat_template_utils import render_jinja_template
+        import jinja2  # not before the first chat: some processes never see one
+
+        from relevo import chat_template
 
         template = self._template_for(template_kwargs.get("tools"))
         if not messages:
             raise InvalidRequest("messages must not be empty", "messages")
-        # Many templates would write "None" for a key that is there without a value.
-        chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        variables = {"tools": None, "documents": None, **self._special_tokens, **template_kwargs}
         try:
-            rendered = render_jinja_template(
-                [chat],
-                chat_template=template,
-                add_generation_prompt=add_generation_prompt,
-                **{**self._special_tokens, **template_kwargs},
-            )
+            return chat_template.render(template, messages, add_generation_prompt=add_generation_prompt, **variables)
         except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise InvalidRequest(f"the model's chat template refuses these messages: {error}", "messages") from error
-        text: str = rendered[0][0]
-        return text
 
     def _template_for(self, tools: object) -> str:
         if tools is not None and "tool_use" in self._chat_templates:
@@ -164,7 +167,17 @@ class Tokenizer:
             raise InvalidRequest("this model has no chat template: use /v1/completions", "messages")
         return self._chat_templates["default"]
 
+    def _make_table(self, backend: tokenizers.Tokenizer) -> TokenTable | None:
+        """Where a text is its tokens' bytes, one after the other; None: decoding is more than that."""
+        if self._to_bytes is not from_byte_level:
+            return None
+        tokens = [backend.id_to_token(token_id) for token_id in range(self.vocab_size)]
+        if None in tokens:  # ids with gaps: some are beyond
+            return None
+        return TokenTable(map(from_byte_level, tokens))
+
     def _find_bytes(self, token_id: int) -> bytes:
+        assert self._backend is not None
         token = self._backend.id_to_token(token_id)
         if token is None:
             return b""
