@@ -14,11 +14,10 @@ from typing import cast
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from relevo.core.errors import Exhausted, InvalidRequest
-from relevo.core.structured_outputs import Source, StructuredOutputs
+from relevo.core.structured_outputs import COMPILE_SECONDS, Source, StructuredOutputs
 from relevo.grammar.source import llguidance_source
 from relevo.tokenizer import Tokenizer
 
-COMPILE_SECONDS = 2.0
 MAX_CACHED = 128  # a megabyte each at the very most
 NUM_THREADS = 2  # one that compiles for seconds keeps nobody else waiting
 

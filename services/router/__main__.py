@@ -11,6 +11,7 @@ from ssl import SSLContext
 from prometheus_client import CollectorRegistry
 
 from relevo import __version__
+from relevo.allocator import give_back_memory
 from relevo.core.errors import InvalidRequest, StartupError
 from relevo.model_files import GenerationDefaults, ModelFiles, generation_defaults, resolve_model
 from relevo.tokenizer import Tokenizer
@@ -100,6 +101,8 @@ async def serve(settings: RouterSettings, process: Process) -> None:
     scheme = "http" if tls is None else "https"
     process.ready(address=server.address, http=f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
     await asyncio.to_thread(_warm_up, tokenizer)  # only now: the workers had more use for the cores
+    gc.collect()
+    give_back_memory()
     gc.freeze()  # what is there now stays, and need not be looked through again and again
 
 

@@ -331,7 +331,8 @@ class RoutedGeneration:
         if self._timer is not None:
             self._timer.cancel()
         if self._attempt is not None:
-            self._attempt.cancel()
+            attempt, self._attempt = self._attempt, None  # it knows us: together we would be garbage that only gc finds
+            attempt.cancel()
 
     def _expire(self) -> None:
         """Frees everything at once, whether or not somebody is reading."""

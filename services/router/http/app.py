@@ -16,7 +16,6 @@ from starlette.types import ASGIApp
 from typing_extensions import TypedDict
 
 from relevo.core.errors import NotFound, RelevoError, Unavailable
-from relevo.grammar.compiler import GrammarCompiler
 from relevo.model_files import GenerationDefaults
 from relevo.tokenizer import Tokenizer
 from services.common.telemetry import render_metrics
@@ -34,7 +33,7 @@ from services.router.http.live_routes import live_routes, ui_routes
 from services.router.http.metrics import EdgeMetrics
 from services.router.http.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from services.router.http.serving import EdgeConfig, Serving, check_prompt, run_long
-from services.router.http.structure import MAX_PENDING_GRAMMARS, StructureChecker
+from services.router.http.structure import StructureChecker
 from services.router.tracing import Tracer
 
 __all__ = ["EdgeConfig", "create_app"]
@@ -87,10 +86,8 @@ def create_app(
     """
     metrics = EdgeMetrics(CollectorRegistry() if registry is None else registry)
     admission = Admission(dispatcher, config.admission, metrics.registry)
-    grammars = GrammarCompiler(lambda: tokenizer, defaults.eos_token_ids, max_pending=MAX_PENDING_GRAMMARS)
-    if tokenizer is not None:
-        grammars.prepare()
-    serving = Serving(config, tokenizer, defaults, dispatcher, admission, metrics, StructureChecker(grammars))
+    structure = StructureChecker(tokenizer, defaults.eos_token_ids)
+    serving = Serving(config, tokenizer, defaults, dispatcher, admission, metrics, structure)
     live = live or LiveView()
     live.attach(serving)
     api = FastAPI(

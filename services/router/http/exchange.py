@@ -165,6 +165,7 @@ class ExchangeLayer:
             _log(exchange, endpoint)
             if self._tracer is not None and exchange.trace is not None:
                 self._tracer.ended(exchange.trace, endpoint, exchange.arrived, exchange.outcome, exchange.timelines)
+            del scope[_SCOPE_KEY]  # it has uvicorn's `send`, which has the scope: garbage that only gc would find
 
     def _trace(self, scope: Scope) -> TraceContext | None:
         header = _header(scope, b"traceparent")
