@@ -50,16 +50,21 @@ def bytes_function(decoder: dict[str, Any]) -> ToBytes | None:
 class TokenTable:
     """Every token's bytes by its id, in one piece: some 10 bytes a token, where a dictionary takes a hundred."""
 
-    def __init__(self, tokens: Iterable[bytes]) -> None:
+    def __init__(self, joined: bytes, ends: array[int]) -> None:
+        """ends: where each ends in `joined`, after a 0."""
+        self.joined = joined
+        self.ends = ends
+
+    @classmethod
+    def of(cls, tokens: Iterable[bytes]) -> TokenTable:
         known = list(tokens)
-        self._bytes = b"".join(known)
-        self._ends = array("I", accumulate(map(len, known), initial=0))
+        return cls(b"".join(known), array("I", accumulate(map(len, known), initial=0)))
 
     def __getitem__(self, token_id: int) -> bytes:
         """b"" for an id that is no token."""
-        if not 0 <= token_id < len(self._ends) - 1:
+        if not 0 <= token_id < len(self.ends) - 1:
             return b""
-        return self._bytes[self._ends[token_id] : self._ends[token_id + 1]]
+        return self.joined[self.ends[token_id] : self.ends[token_id + 1]]
 
 
 def decodes_bytes_apart(decoder: dict[str, Any]) -> bool:

@@ -84,7 +84,7 @@ TEMPLATES = {
     {%- endgeneration %}{% else %}{{ m.role }}{% endif %}{% endfor %}{{ who }}""",
     "reasoning": """{% for m in messages %}{{ m.reasoning_content }}|{{ m.thinking }}|{{ m.reasoning }};{% endfor %}""",
     "macros": """{%- macro show(m, depth=1) -%}{{ '>' * depth }}{{ m.role | upper }}{%- endmacro -%}
-{% for m in messages %}{{ show(m) }}{{ show(m, depth=2) }}{% endfor %}{% call show(messages[0]) %}x{% endcall %}""",
+{% for m in messages %}{{ show(m) }}{{ show(m, depth=2) }}{% endfor %}{% macro twice() %}{{ caller() }}{{ caller() }}{% endmacro %}{% call twice() %}x{% endcall %}""",
     "filters": """{{ messages | map(attribute='role') | join(',') }} {{ messages | selectattr('role', 'equalto', 'user') | list | length }}
 {{ messages[-1].content | replace('a', 'b') | title }} {{ messages | rejectattr('tool_calls', 'defined') | map(attribute='role') | unique | list }}
 {{ dict(a=1, **{'b': 2}) | tojson }} {{ dict.fromkeys(['a']) }} {{ dict([('x', 1)]).get('y', 'z') }} {{ 'ab'.startswith(('a', 'c')) }}
@@ -128,9 +128,9 @@ def test_texts_equal_transformers(name: str, chat: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_what_transformers_refuses_is_refused_for_the_same_reason(name: str) -> None:
-    with pytest.raises(Exception, match=r"") as expected:
+    with pytest.raises((jinja2.TemplateError, TypeError, ArithmeticError)) as expected:
         theirs(REFUSED[name], PLAIN, VARIABLES)
-    with pytest.raises(type(expected.value)):
+    with pytest.raises(expected.type):
         render(REFUSED[name], PLAIN, **VARIABLES)
 
 

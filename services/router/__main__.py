@@ -163,7 +163,7 @@ def _http_options(settings: RouterSettings, tls: SSLContext | None) -> HttpOptio
 
 def _load(model: str | None) -> tuple[ModelFiles, Tokenizer | None, GenerationDefaults]:
     files = resolve_model(model, weights=False)
-    tokenizer = Tokenizer.from_files(files)
+    tokenizer = Tokenizer.from_files(files, apart=True)
     return files, tokenizer, generation_defaults(files)
 
 

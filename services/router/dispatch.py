@@ -301,7 +301,7 @@ class RoutedGeneration:
             "place",
             began_at,
             terms=placement.best,
-            candidates=len(placement.candidates),
+            candidates=placement.num_candidates,
         )
         self._placed_at = self._loop.time()
         if not self.record.routes:

@@ -115,6 +115,20 @@ class Timeline:
     first_at, second_at: when the tokens were given to the client's connection
     """
 
+    __slots__ = (
+        "arrived",
+        "attributes",
+        "detokenize_seconds",
+        "ended_at",
+        "error",
+        "first_at",
+        "marks",
+        "num_tokens",
+        "progress",
+        "second_at",
+        "workers",
+    )
+
     def __init__(self, arrived: float | None = None) -> None:
         self.arrived = time.perf_counter() if arrived is None else arrived
         self.marks: list[Mark] = []
