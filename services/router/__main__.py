@@ -72,6 +72,7 @@ async def serve(settings: RouterSettings, process: Process) -> None:
             max_running=settings.max_running,
             max_queued=settings.max_queued,
             queue_seconds=settings.queue_seconds,
+            absent_seconds=settings.absent_seconds,
         ),
     )
     dispatcher = FleetDispatcher(fleet, defaults.eos_token_ids, registry=registry)

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from relevo.core.errors import InvalidRequest, RelevoError, Unauthenticated
 from services.common.telemetry import trace_id
-from services.router.admission import Standing
+from services.router.admitted import Standing
 from services.router.http.errors import error_response, internal_error
 from services.router.http.keys import ApiKey, KeyRing
 from services.router.http.limits import Limiter, LocalLimiter, Permit
