@@ -12,10 +12,11 @@ from functools import lru_cache
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.nodes import Node, Scope
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 # What a message calls its reasoning, in the order of precedence; templates read the first or the second.
@@ -80,7 +81,7 @@ class _Dict:
 class _Namespace(Namespace):
     """`namespace` in templates, whose attributes' names must not begin with an underscore."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # noqa: N805 - an attribute may be called `self`
+    def __init__(*args: Any, **kwargs: Any) -> None:
         attributes = dict(*args[1:], **kwargs)
         for name in attributes:
             _check_name(name)

@@ -65,7 +65,7 @@ def fast_encode(backend: tokenizers.Tokenizer) -> Encode | None:
 
 
 def gigatoken_encode(tokenizer_json: str) -> Encode | None:
-    """gigatoken's ids, which nobody has compared with anything; None if it does not take the tokenizer, or is not there.
+    """gigatoken's ids, which nobody has compared yet; None if it does not take the tokenizer, or is not there.
 
     Costs 20 MB for its tables. The function may be called from several threads, and takes no lone surrogates.
     """

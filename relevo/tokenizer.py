@@ -30,7 +30,7 @@ class Vocabulary:
     special_ids: frozenset[int]
     eos_token_ids: tuple[int, ...]
     around: tuple[list[int], list[int]] | None
-    decoder: Mapping[str, Any]
+    decoder: dict[str, Any]
     table: TokenTable | None
 
 

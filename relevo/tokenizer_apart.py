@@ -1,7 +1,7 @@
 """Reads a tokenizer in a process of its own, so that `tokenizers` and its tables don't come into this one.
 
-The child proves that gigatoken gives the same ids and that the table of bytes decodes, and leaves what it takes to go on
-without it: tokenizer.json as it is after the model's configuration was heeded, the table, and the facts.
+The child proves that gigatoken gives the same ids, and leaves what it takes to go on without the library:
+tokenizer.json as it is after the model's configuration was heeded, the table of tokens' bytes, and the facts.
 """
 
 from __future__ import annotations

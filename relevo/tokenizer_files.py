@@ -87,8 +87,9 @@ def _vocabulary(backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str]
 
 
 def _table(backend: tokenizers.Tokenizer) -> TokenTable | None:
-    tokens = [backend.id_to_token(token_id) for token_id in range(backend.get_vocab_size(with_added_tokens=True))]
-    if None in tokens:  # ids with gaps: some are beyond
+    size = backend.get_vocab_size(with_added_tokens=True)
+    tokens = [token for token_id in range(size) if (token := backend.id_to_token(token_id)) is not None]
+    if len(tokens) < size:  # ids with gaps: some are beyond
         return None
     return TokenTable.of(map(from_byte_level, tokens))
 

@@ -88,7 +88,7 @@ async def test_who_lost_the_only_decode_worker_waits_for_it_to_come_back(is_acce
             if is_accepted:
                 worker.behaviour.gates["tokens"] = asyncio.Event()
                 tasks.append(group.create_task(collect(admission.generate(requests[0], Standing()))))
-                await harness.journal.wait("decode-0", "submit")
+                await harness.journal.wait("decode-0", "submit", 3)
                 await until(lambda: admission.num_running == 1)
             await worker.stop()
             await harness.until_connected("decode-0", connected=False)

@@ -23,6 +23,7 @@ from services.router.admission import Admission
 from services.router.generation import Dispatcher
 from services.router.http.body import body_route
 from services.router.http.chat import ChatReply, create_chat_completion, render_chat
+from services.router.http.choices import check_prompt
 from services.router.http.completions import CompletionReply, create_completion
 from services.router.http.errors import ErrorReply, JsonResponse, handle_http_exception, handle_relevo_error
 from services.router.http.exchange import Exchange, ExchangeLayer, handle_bug
@@ -32,7 +33,7 @@ from services.router.http.live import LiveView
 from services.router.http.live_routes import live_routes, ui_routes
 from services.router.http.metrics import EdgeMetrics
 from services.router.http.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from services.router.http.serving import EdgeConfig, Serving, check_prompt, run_long
+from services.router.http.serving import EdgeConfig, Serving, run_long
 from services.router.http.structure import StructureChecker
 from services.router.tracing import Tracer
 

@@ -99,7 +99,9 @@ class StructureChecker:
         if outputs is None:
             return
         param = "structured_outputs" if body.structured_outputs is not None else "response_format"
-        compiler = self._compiler or await asyncio.to_thread(self._load)
+        compiler = self._compiler
+        if compiler is None:
+            compiler = await asyncio.to_thread(self._load)
         compiling = compiler.compile(outputs)
         if not compiling.done():
             done = asyncio.wrap_future(compiling)
@@ -118,16 +120,15 @@ class StructureChecker:
 
     def _load(self) -> GrammarCompiler:
         with self._loading:
-            if self._compiler is None:
-                from relevo.grammar.compiler import GrammarCompiler
+            if self._compiler is not None:
+                return self._compiler
+            from relevo.grammar.compiler import GrammarCompiler
 
-                compiler = GrammarCompiler(
-                    lambda: self._tokenizer, self._eos_token_ids, max_pending=MAX_PENDING_GRAMMARS
-                )
-                if self._tokenizer is not None:
-                    compiler.prepare()
-                self._compiler = compiler
-            return self._compiler
+            compiler = GrammarCompiler(lambda: self._tokenizer, self._eos_token_ids, max_pending=MAX_PENDING_GRAMMARS)
+            if self._tokenizer is not None:
+                compiler.prepare()
+            self._compiler = compiler
+            return compiler
 
 
 def _from_structured_outputs(given: StructuredOutputsBody) -> StructuredOutputs:
