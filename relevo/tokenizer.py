@@ -14,6 +14,8 @@ from relevo.token_bytes import TokenTable, bytes_function, decodes_bytes_apart, 
 if TYPE_CHECKING:
     import tokenizers
 
+MAX_BYTES_KEPT = 16_384  # tokens whose bytes are at hand at once: the first that are met, some 2 MB of them
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
@@ -60,6 +62,7 @@ class Tokenizer:
         self._chat_templates = dict(chat_templates or {})
         self._to_bytes = bytes_function(vocabulary.decoder)
         self._bytes: dict[int, bytes] = {}
+        self._special_ids = vocabulary.special_ids
         self.replaces_each_byte: bool = decodes_bytes_apart(vocabulary.decoder)
         self.vocab_size = vocabulary.size
         self.eos_token_ids = vocabulary.eos_token_ids
@@ -112,23 +115,22 @@ class Tokenizer:
         """Text; incomplete or invalid UTF-8 becomes U+FFFD, ids that are no token become nothing."""
         table = self.vocabulary.table
         if table is not None:
-            skipped = self.vocabulary.special_ids if skip_special_tokens else frozenset()
+            skipped = self._special_ids if skip_special_tokens else frozenset()
             return b"".join(table[i] for i in token_ids if i not in skipped).decode(errors="replace")
         assert self._backend is not None
         text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
     def is_special(self, token_id: int) -> bool:
-        return token_id in self.vocabulary.special_ids
+        return token_id in self._special_ids
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token adds to a text that has begun: perhaps part of a character. b"" for an id that is no token."""
-        table = self.vocabulary.table
-        if table is not None:
-            return table[token_id]
         known = self._bytes.get(token_id)
         if known is None:
-            known = self._bytes[token_id] = self._find_bytes(token_id)
+            known = self._find_bytes(token_id)
+            if len(self._bytes) < MAX_BYTES_KEPT:
+                self._bytes[token_id] = known
         return known
 
     def token_text(self, token_id: int) -> str:
@@ -171,6 +173,8 @@ class Tokenizer:
         return self._chat_templates["default"]
 
     def _find_bytes(self, token_id: int) -> bytes:
+        if self.vocabulary.table is not None:
+            return self.vocabulary.table[token_id]
         assert self._backend is not None
         token = self._backend.id_to_token(token_id)
         if token is None:
