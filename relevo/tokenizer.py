@@ -71,8 +71,8 @@ class Tokenizer:
     def from_files(cls, files: ModelFiles, *, apart: bool = False) -> Tokenizer | None:
         """The tokenizer in a model's folder, None if there is none.
 
-        apart: read it in a process of its own if what is left of it can do without the library `tokenizers`: some
-        0.4 s more, and up to 100 MB less. Raises StartupError if what is there cannot be read.
+        apart: read it in a process of its own if what is left of it can do without the library `tokenizers`: 0.1 to
+        0.6 s more, and up to 100 MB less. Raises StartupError if what is there cannot be read.
         """
         if apart:
             from relevo.tokenizer_apart import read_apart
