@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from relevo.grammar.compiler import GrammarCompiler
 
 MAX_PENDING_GRAMMARS = 64  # that wait to be compiled; beyond it a request is refused with 429
-# Reading a vocabulary holds the interpreter for some 2 µs a token: of a larger one at the start, where nobody notices.
+# Reading a vocabulary holds the interpreter for some 1 µs a token: of a larger one at the start, where nobody notices.
 MAX_TOKENS_READ_LATER = 16_384
 
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -124,7 +124,12 @@ class StructureChecker:
                 return self._compiler
             from relevo.grammar.compiler import GrammarCompiler
 
-            compiler = GrammarCompiler(lambda: self._tokenizer, self._eos_token_ids, max_pending=MAX_PENDING_GRAMMARS)
+            compiler = GrammarCompiler(
+                lambda: self._tokenizer,
+                self._eos_token_ids,
+                max_pending=MAX_PENDING_GRAMMARS,
+                checks_only=True,
+            )
             if self._tokenizer is not None:
                 compiler.prepare()
             self._compiler = compiler
