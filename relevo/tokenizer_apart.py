@@ -27,15 +27,15 @@ _FACTS, _JSON, _JOINED, _ENDS = "facts.json", "tokenizer.json", "table.bytes", "
 
 def read_apart(files: ModelFiles) -> Tokenizer | None:
     """As read_tokenizer(), which it calls if the tokenizer can't do without the library. Raises StartupError."""
-    with tempfile.TemporaryDirectory(prefix="relevo-tokenizer-") as folder:
-        command = [sys.executable, "-m", "relevo.tokenizer_apart", str(files.path), folder]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=CHILD_SECONDS, check=False)
-            if done.returncode:
-                logger.debug("the tokenizer cannot be read apart: %s", done.stderr.strip().rpartition("\n")[2])
-        except subprocess.TimeoutExpired:
-            logger.debug("reading the tokenizer apart took over %d s", CHILD_SECONDS)
-        tokenizer = _read(Path(folder))
+    tokenizer = None
+    try:
+        with tempfile.TemporaryDirectory(prefix="relevo-tokenizer-") as folder:
+            command = [sys.executable, "-m", "relevo.tokenizer_apart", str(files.path), folder]
+            subprocess.run(command, capture_output=True, text=True, timeout=CHILD_SECONDS, check=True)
+            tokenizer = _read(Path(folder))
+    except (OSError, subprocess.SubprocessError) as error:  # what is wrong with the files is said below
+        said = error.stderr.strip().rpartition("\n")[2] if isinstance(error, subprocess.CalledProcessError) else ""
+        logger.debug("the tokenizer cannot be read apart: %s %s", error, said)
     if tokenizer is not None:
         return tokenizer
     from relevo.tokenizer_files import read_tokenizer
