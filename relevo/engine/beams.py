@@ -52,7 +52,7 @@ def beam_candidates(kernels: Kernels, logits: Tensor, row: SamplingRow) -> BeamC
     stops = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else row.eos_token_ids)}
     count = min(num_candidates(sampling.num_beams, len(stops)), len(logits))
     scores = logits.log_softmax(dim=-1)
-    process_row(scores, row)
+    process_row(scores, row, kernels)
     values, ids = kernels.top_k(scores.unsqueeze(0), count)
     likeliest = [(i, v) for i, v in zip(ids[0].tolist(), values[0].tolist(), strict=True) if v > -torch.inf]
     notes: list[Logprobs] = [None] * len(likeliest)

@@ -9,10 +9,13 @@ in any batch, after preemption, on another worker, and for a position that was o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -20,6 +23,7 @@ from relevo.core.errors import RelevoError
 from relevo.core.output_grammar import OutputGrammar
 from relevo.core.sampling_params import SamplingParams
 from relevo.engine.logits_processors import apply_processor
+from relevo.kernels import Kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,7 @@ class SamplingRow:
     grammar: OutputGrammar | None = None  # what the output must fit; GrammarMasks makes a mask of it
 
 
-def process(logits: Tensor, rows: Sequence[SamplingRow]) -> tuple[Tensor, dict[int, RelevoError]]:
+def process(logits: Tensor, rows: Sequence[SamplingRow], kernels: Kernels) -> tuple[Tensor, dict[int, RelevoError]]:
     """The rows as their parameters want them, and of those that could not be processed the reason, by their index.
 
     logits: [n, vocab_size] float32, left as they are. Where no row changes anything they are what is returned.
@@ -45,14 +49,21 @@ def process(logits: Tensor, rows: Sequence[SamplingRow]) -> tuple[Tensor, dict[i
     failures: dict[int, RelevoError] = {}
     for i in changed:
         try:
-            process_row(processed[i], rows[i])
+            _exclude_and_bias(processed[i], rows[i])
         except RelevoError as error:
             failures[i] = error
+    _penalize(processed, {i: rows[i] for i in changed if i not in failures}, kernels)
     return processed, failures
 
 
-def process_row(logits: Tensor, row: SamplingRow) -> None:
+def process_row(logits: Tensor, row: SamplingRow, kernels: Kernels) -> None:
     """In place. logits: [vocab_size] float32. Token ids outside the vocabulary have no effect."""
+    _exclude_and_bias(logits, row)
+    _penalize(logits.unsqueeze(0), {0: row}, kernels)
+
+
+def _exclude_and_bias(logits: Tensor, row: SamplingRow) -> None:
+    """Everything before the penalties."""
     sampling = row.sampling
     vocab_size = len(logits)
     if sampling.allowed_token_ids is not None:
@@ -73,22 +84,39 @@ def process_row(logits: Tensor, row: SamplingRow) -> None:
     for call in sampling.logits_processors:
         prompt, output = row.token_ids[: row.num_prompt_tokens], row.token_ids[row.num_prompt_tokens :]
         logits.copy_(apply_processor(call, prompt, output, logits.clone()))
-    _penalize(logits, row)
 
 
-def _penalize(logits: Tensor, row: SamplingRow) -> None:
-    sampling = row.sampling
-    if sampling.repetition_penalty != 1.0:
-        seen = torch.tensor(row.token_ids, dtype=torch.int64, device=logits.device)
-        values = logits[seen]
-        penalty = sampling.repetition_penalty
-        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    output = row.token_ids[row.num_prompt_tokens :]
-    if output and (sampling.frequency_penalty != 0.0 or sampling.presence_penalty != 0.0):
-        seen, counts = torch.unique(torch.tensor(output), return_counts=True)
-        seen = seen.to(logits.device)
-        logits[seen] -= sampling.frequency_penalty * counts.to(logits.device, torch.float32)
-        logits[seen] -= sampling.presence_penalty
+def _penalize(logits: Tensor, rows: Mapping[int, SamplingRow], kernels: Kernels) -> None:
+    """rows: by their row of logits; all of them in one call."""
+    entries: list[npt.NDArray[np.int64]] = []
+    penalties: npt.NDArray[np.float32] = np.zeros((len(logits), 3), dtype=np.float32)
+    for i, row in rows.items():
+        sampling = row.sampling
+        if sampling.needs_penalties:
+            penalties[i] = sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty
+            token_ids, counts = _seen(row)
+            entries.append(np.stack((np.full_like(token_ids, i), token_ids, counts)))
+    if entries:
+        row_ids, token_ids, counts = _to(logits.device, np.concatenate(entries, axis=1))
+        kernels.apply_penalties(logits, row_ids, token_ids, counts, _to(logits.device, penalties))
+
+
+def _seen(row: SamplingRow) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """What its penalties look at: tokens, each once, and how often each is in the output."""
+    output = np.array(row.token_ids[row.num_prompt_tokens :], dtype=np.int64)
+    in_output, output_counts = np.unique(output, return_counts=True)
+    if row.sampling.repetition_penalty == 1.0:
+        return in_output, output_counts
+    token_ids = np.unique(np.array(row.token_ids, dtype=np.int64))
+    counts = np.zeros_like(token_ids)
+    counts[np.searchsorted(token_ids, in_output)] = output_counts
+    return token_ids, counts
+
+
+def _to(device: torch.device, values: npt.NDArray[Any]) -> Tensor:
+    """A copy that nobody waits for."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _banned(row: SamplingRow) -> list[int]:

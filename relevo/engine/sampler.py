@@ -65,7 +65,7 @@ class Sampler:
         beams = [i for i, row in enumerate(rows) if row.sampling.use_beam_search]
         if beams:
             return self._with_beams(logits, rows, frozenset(beams), masks)
-        processed, failures = process(logits, rows)
+        processed, failures = process(logits, rows, self.kernels)
         if masks is not None:
             processed = processed.clone() if processed is logits else processed
             self.kernels.mask_logits(processed, masks.rows, masks.words)

@@ -132,7 +132,8 @@ class Kernels(Protocol):
         cos, sin: [num_tokens, rot_dim], rot_dim even and at most k_dim; what lies beyond rot_dim stays as it is
         returns: the rotated query, [num_tokens, heads, k_dim], contiguous
 
-        Raises IndexError for a slot outside the cache.
+        Raises IndexError for a slot outside the cache; on a GPU, which could only tell by waiting, the token is not
+        written.
         """
         ...
 
@@ -190,8 +191,59 @@ class Kernels(Protocol):
         """
         ...
 
+    def apply_penalties(
+        self, logits: Tensor, rows: Tensor, token_ids: Tensor, counts: Tensor, penalties: Tensor
+    ) -> None:
+        """Make tokens of the text so far less likely, in place: repetition, then frequency, then presence.
+
+        logits:    [n, vocab] float32
+        rows:      [t] int64, and token_ids: [t] int64: what is penalized; no pair twice
+        counts:    [t] int64, how often the token is in the row's output; 0 if in its prompt only
+        penalties: [n, 3] float32, each row's repetition, frequency and presence penalty (1, 0, 0: none)
+
+        A positive logit is divided by the repetition penalty, another multiplied by it (Keskar et al. 2019, "CTRL");
+        then count * frequency is taken off, and presence if there is a count.
+        """
+        ...
+
+    def gather_blocks(self, storage: Tensor, block_ids: Tensor, out: Tensor) -> None:
+        """Copy blocks of the cache to where they lie side by side.
+
+        storage:   [num_blocks, block_bytes] uint8
+        block_ids: [n] int32 or int64
+        out:       [n, block_bytes] uint8, on storage's device
+
+        Raises IndexError for a block outside the cache; on a GPU its row stays as it is.
+        """
+        ...
+
+    def scatter_blocks(self, source: Tensor, block_ids: Tensor, storage: Tensor) -> None:
+        """Copy blocks that lie side by side to their places in the cache.
+
+        source:    [n, block_bytes] uint8, on storage's device
+        block_ids: [n] int32 or int64, none twice
+        storage:   [num_blocks, block_bytes] uint8
+
+        Raises IndexError for a block outside the cache; on a GPU it is left out.
+        """
+        ...
+
+    def sgmv(self, x: Tensor, a: Tensor, b: Tensor, adapters: Tensor, scale: Tensor, out: Tensor) -> None:
+        """Add to each row the low-rank product of its own adapter: out[i] += scale * b @ (a @ x[i]) (Punica, S-LoRA).
+
+        x:        [n, k], rows contiguous
+        a, b:     [num_adapters, r, k] and [num_adapters, m, r]; an adapter of a lower rank has zeros behind its own
+        adapters: [n] int32, each row's adapter, -1 for none
+        scale:    [num_adapters] float32
+        out:      [n, m], x's dtype, changed in place
+        """
+        ...
+
     def warm_up(self, dtype: torch.dtype) -> None:
-        """Compile, or load from disk, whatever a first call with this dtype would wait for."""
+        """Compile, or load from disk, whatever a first call with this dtype would wait for.
+
+        On a GPU: what does not depend on the model. The rest is compiled when a model first runs.
+        """
         ...
 
 

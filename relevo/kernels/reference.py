@@ -111,6 +111,33 @@ def score(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     return logits.log_softmax(dim=-1).gather(1, token_ids), likelier
 
 
+def apply_penalties(logits: Tensor, rows: Tensor, token_ids: Tensor, counts: Tensor, penalties: Tensor) -> None:
+    """See `Kernels.apply_penalties`."""
+    repetition, frequency, presence = penalties[rows].unbind(dim=1)
+    values = logits[rows, token_ids]
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    values = values - frequency * counts - torch.where(counts > 0, presence, 0.0)
+    logits[rows, token_ids] = values
+
+
+def gather_blocks(storage: Tensor, block_ids: Tensor, out: Tensor) -> None:
+    """See `Kernels.gather_blocks`."""
+    torch.index_select(storage, 0, block_ids, out=out)
+
+
+def scatter_blocks(source: Tensor, block_ids: Tensor, storage: Tensor) -> None:
+    """See `Kernels.scatter_blocks`."""
+    storage.index_copy_(0, block_ids.long(), source)
+
+
+def sgmv(x: Tensor, a: Tensor, b: Tensor, adapters: Tensor, scale: Tensor, out: Tensor) -> None:
+    """See `Kernels.sgmv`. One adapter at a time."""
+    for adapter in range(len(a)):
+        rows = adapters == adapter
+        small = _wide(x[rows]) @ _wide(a[adapter]).T
+        out[rows] = (_wide(out[rows]) + scale[adapter] * (small @ _wide(b[adapter]).T)).to(out.dtype)
+
+
 def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """Write a step's keys and values into the cache; see `Kernels.store_kv`."""
     block_size = k_cache.shape[1]

@@ -19,6 +19,7 @@ from relevo.engine.logits_processing import process as process_rows
 from relevo.engine.sampler import BadLogits, SampledToken, Sampler
 from relevo.kernels import Kernels, load_backend
 from tests.support.statistics import chi_squared_pvalue
+from tests.support.triton_interpreter import takes_long
 
 EOS = 2
 
@@ -48,12 +49,12 @@ def choose(kernels: Kernels, logits: list[float] | torch.Tensor, row: SamplingRo
     return sample(kernels, torch.as_tensor(logits, dtype=torch.float32).unsqueeze(0), [row])[0].token_id
 
 
-def process(logits: torch.Tensor, row: SamplingRow) -> torch.Tensor:
-    return process_rows(logits, [row])[0]
+def process(kernels: Kernels, logits: torch.Tensor, row: SamplingRow) -> torch.Tensor:
+    return process_rows(logits, [row], kernels)[0]
 
 
-def processed(logits: list[float], row: SamplingRow) -> list[float]:
-    result: list[float] = process(torch.tensor([logits]), row)[0].tolist()
+def processed(kernels: Kernels, logits: list[float], row: SamplingRow) -> list[float]:
+    result: list[float] = process(kernels, torch.tensor([logits]), row)[0].tolist()
     return result
 
 
@@ -74,7 +75,7 @@ ROW_PARAMS = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @settings(max_examples=40, deadline=None)
 @given(
     params=st.lists(ROW_PARAMS, min_size=1, max_size=9),
@@ -85,7 +86,20 @@ ROW_PARAMS = st.fixed_dictionaries(
 def test_token_does_not_depend_on_the_rest_of_the_batch(
     backend: str, params: list[dict[str, Any]], vocab: int, random: Any, logits_seed: int
 ) -> None:
-    kernels = load_backend(backend, "cpu")
+    check_alone_and_together(load_backend(backend, "cpu"), params, vocab, random, logits_seed)
+
+
+@settings(max_examples=8, deadline=None)
+@given(params=st.lists(ROW_PARAMS, min_size=1, max_size=3), random=st.randoms(), logits_seed=st.integers(0, 99))
+def test_token_does_not_depend_on_the_rest_of_the_batch_with_triton(
+    params: list[dict[str, Any]], random: Any, logits_seed: int
+) -> None:
+    check_alone_and_together(load_backend("triton", "cpu"), params, 130, random, logits_seed)
+
+
+def check_alone_and_together(
+    kernels: Kernels, params: list[dict[str, Any]], vocab: int, random: Any, logits_seed: int
+) -> None:
     rows = [
         make_row(random.choices(range(7), k=4), random.choices(range(7), k=random.randrange(5)), **p) for p in params
     ]
@@ -108,10 +122,11 @@ def test_rows_beyond_one_part_of_the_draw_get_their_own_token(
 
 
 def test_seed_and_position_choose_the_token(kernels: Kernels) -> None:
-    logits = torch.zeros(200, 1000)
-    by_seed = [token.token_id for token in sample(kernels, logits, [make_row(seed=i) for i in range(200)])]
-    by_position = [token.token_id for token in sample(kernels, logits, [make_row([0] * i) for i in range(1, 201)])]
-    assert len(set(by_seed)) > 150 and len(set(by_position)) > 150
+    n = 40 if takes_long(kernels) else 200
+    logits = torch.zeros(n, 1000)
+    by_seed = [token.token_id for token in sample(kernels, logits, [make_row(seed=i) for i in range(n)])]
+    by_position = [token.token_id for token in sample(kernels, logits, [make_row([0] * i) for i in range(1, n + 1)])]
+    assert len(set(by_seed)) > 0.75 * n and len(set(by_position)) > 0.75 * n
     # Position is that of the new token in the sequence; where the prompt ends makes no difference.
     assert choose(kernels, logits[0], make_row([5, 6], [7, 8], seed=9)) == choose(
         kernels, logits[0], make_row([1, 2, 3, 4], seed=9)
@@ -140,36 +155,41 @@ def test_what_leaves_one_token_is_greedy(kernels: Kernels, params: dict[str, Any
     assert [token.token_id for token in tokens] == logits.argmax(-1).tolist()
 
 
-def test_penalties_by_hand() -> None:
+def test_penalties_by_hand(kernels: Kernels) -> None:
     """Prompt 0 1, output 1 2 2. Repetition 2 halves or doubles 0 1 2; frequency 0.5 and presence 0.25 count output."""
     logits = [4.0, -1.0, 3.0, 1.0]
     row = make_row([0, 1], [1, 2, 2], repetition_penalty=2.0, frequency_penalty=0.5, presence_penalty=0.25)
-    assert processed(logits, row) == [2.0, -2.0 - 0.5 - 0.25, 1.5 - 1.0 - 0.25, 1.0]
-    assert processed(logits, make_row([0, 1], [1, 2, 2], frequency_penalty=-1.0)) == [4.0, 0.0, 5.0, 1.0]
-    assert processed(logits, make_row([0, 1], [1, 2, 2], presence_penalty=1.0)) == [4.0, -2.0, 2.0, 1.0]
-    assert processed(logits, make_row([0, 1], presence_penalty=1.0, frequency_penalty=1.0)) == logits
+    assert processed(kernels, logits, row) == [2.0, -2.0 - 0.5 - 0.25, 1.5 - 1.0 - 0.25, 1.0]
+    assert processed(kernels, logits, make_row([0, 1], [1, 2, 2], frequency_penalty=-1.0)) == [4.0, 0.0, 5.0, 1.0]
+    assert processed(kernels, logits, make_row([0, 1], [1, 2, 2], presence_penalty=1.0)) == [4.0, -2.0, 2.0, 1.0]
+    assert processed(kernels, logits, make_row([0, 1], presence_penalty=1.0, frequency_penalty=1.0)) == logits
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(0, 49), min_size=1, max_size=80), st.floats(0.2, 3.0), st.integers(0, 99))
-def test_repetition_penalty_equals_transformers(token_ids: list[int], penalty: float, seed: int) -> None:
+@given(
+    token_ids=st.lists(st.integers(0, 49), min_size=1, max_size=80),
+    penalty=st.floats(0.2, 3.0),
+    seed=st.integers(0, 99),
+)
+def test_repetition_penalty_equals_transformers(backend: str, token_ids: list[int], penalty: float, seed: int) -> None:
     logits = make_logits(1, 50, seed)
     row = make_row(token_ids, repetition_penalty=penalty)
     expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([token_ids]), logits.clone())
-    torch.testing.assert_close(process(logits, row), expected, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(process(load_backend(backend, "cpu"), logits, row), expected, rtol=1e-6, atol=0.0)
 
 
-def test_bias_comes_before_penalties_and_leaves_the_callers_logits_alone() -> None:
+def test_bias_comes_before_penalties_and_leaves_the_callers_logits_alone(kernels: Kernels) -> None:
     logits = torch.tensor([[1.0, 1.0, 1.0]])
     row = make_row([0], [1], logit_bias={1: 3.0, 99: 5.0}, repetition_penalty=2.0)
-    assert process(logits, row).tolist() == [[0.5, 2.0, 1.0]]
+    assert process(kernels, logits, row).tolist() == [[0.5, 2.0, 1.0]]
     assert logits.tolist() == [[1.0, 1.0, 1.0]]
 
 
 def test_bias_of_100_decides(kernels: Kernels) -> None:
     logits = make_logits(1, 500)[0]
     likeliest = int(logits.argmax())
-    for seed in range(50):
+    for seed in range(10 if takes_long(kernels) else 50):
         assert choose(kernels, logits, make_row(seed=seed, logit_bias={77: 100.0})) == 77
         assert (
             choose(kernels, logits, make_row(seed=seed, temperature=2.0, logit_bias={likeliest: -100.0})) != likeliest
@@ -183,7 +203,7 @@ def test_min_tokens_excludes_what_would_end_the_request(kernels: Kernels) -> Non
     assert choose(kernels, logits, make_row([0], [4], **params)) == 4
     assert choose(kernels, logits, make_row([0], [4, 4], **params)) == EOS
     assert choose(kernels, logits, make_row([0], [], ignore_eos=True, **params)) == EOS
-    for seed in range(50):
+    for seed in range(10 if takes_long(kernels) else 50):
         assert choose(kernels, logits, make_row([0], [], seed=seed, min_tokens=1, temperature=5.0)) != EOS
 
 
@@ -209,8 +229,10 @@ def test_logprobs_go_to_the_rows_that_want_them_with_equals_sharing_a_rank(kerne
     assert [(top.token_id, top.rank) for top in everything.top] == [(1, 1), (2, 1), (3, 3), (0, 4)]
 
 
-def test_tokens_follow_the_distribution(kernels: Kernels) -> None:
+@pytest.mark.parametrize("backend", ["reference", "cpu"])  # Triton's draws are held to reference's, one by one
+def test_tokens_follow_the_distribution(backend: str) -> None:
     """Chi-squared at 1e-4 over 20 000 draws in mixed batches; seeds are fixed, so it passes always or never."""
+    kernels = load_backend(backend, "cpu")
     logits = make_logits(1, 10, seed=3, spread=1.0)
     counts: dict[float, list[int]] = {1.0: [0] * 10, 0.5: [0] * 10}
     for batch in range(100):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from relevo.kernels import Kernels, load_backend, reference
 from relevo.kernels.sampling import draw
+from tests.support.triton_interpreter import takes_long
 
 # around whole blocks of 64 logits, and one of thousands of blocks
 VOCABS = [1, 2, 63, 64, 65, 130, 4099, 20_001]
@@ -49,7 +50,7 @@ def descending(row: list[float]) -> list[int]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_the_largest_come_first_and_of_equals_the_lowest_id(kernels: Kernels, vocab: int, kind: str) -> None:
-    logits = make_logits(kind, 5, vocab)
+    logits = make_logits(kind, 2 if takes_long(kernels) else 5, vocab)
     expected = [descending(row) for row in logits.tolist()]
     assert kernels.argmax(logits).tolist() == [ids[0] for ids in expected]
     for k in {1, min(vocab, 7), min(vocab, 50), min(vocab, 1000)}:
@@ -92,19 +93,61 @@ def test_samples_are_those_of_the_definition(vocab: int, spread: float) -> None:
             assert kernels.sample(logits, temperature, min_p, top_k, top_p, uniforms).equal(expected), (kind, case)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize(("vocab", "listed"), [(1, 16384), (65, 16384), (4099, 16384), (65, 4), (1500, 4)])
+def test_samples_of_triton_are_those_of_the_definition(
+    vocab: int, listed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As above, with the list of tokens that may stay long enough, and too short."""
+    monkeypatch.setattr("relevo.kernels.triton.draw.LISTED", listed)
+    kernels, generator = load_backend("triton", "cpu"), torch.Generator().manual_seed(vocab)
+    logits = make_logits("tied", 4, vocab, seed=vocab)
+    for case in (0, 1, 2, 4, 7):
+        min_p = [0.05 if case & 1 else 0.0] * 4
+        top_k = [0 if case & 2 == 0 else k for k in (2, 50, 0, 10**6)]
+        top_p = [1.0 if case & 4 == 0 else p for p in (0.3, 0.9, 0.999, 1e-9)]
+        uniforms: list[float] = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+        rest = ([0.3, 1.0, 2.0, 5.0], min_p, top_k, top_p, uniforms)
+        assert kernels.sample(logits, *rest).equal(reference.sample(logits, *rest)), case
+
+
+def test_a_row_of_triton_gets_the_same_in_any_batch() -> None:
+    kernels = load_backend("triton", "cpu")
+    logits = make_logits("distinct", 3, 5000)
+    rest = ([1.0, 0.5, 2.0], [0.0, 0.0, 0.01], [0, 40, 0], [0.9, 1.0, 1.0], [0.1, 0.5, 0.9])
+    ids = kernels.sample(logits, *rest)
+    for i in range(3):
+        temperature, min_p, top_k, top_p, uniforms = rest
+        own = ([temperature[i]], [min_p[i]], [top_k[i]], [top_p[i]], [uniforms[i]])
+        assert kernels.sample(logits[i : i + 1], *own).equal(ids[i : i + 1])
+
+
+EXACT = {
+    "levels": st.lists(st.integers(0, 4), min_size=2, max_size=300),
+    "percent": st.integers(1, 100),
+    "top_k": st.integers(0, 310),
+    "uniform": st.floats(0.0, 1.0, exclude_max=True),
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @settings(max_examples=100, deadline=None)
-@given(
-    levels=st.lists(st.integers(0, 4), min_size=2, max_size=300),
-    percent=st.integers(1, 100),
-    top_k=st.integers(0, 310),
-    uniform=st.floats(0.0, 1.0, exclude_max=True),
-)
+@given(**EXACT)
 def test_samples_of_exact_probabilities(
     backend: str, levels: list[int], percent: int, top_k: int, uniform: float
 ) -> None:
+    check_exact(load_backend(backend, "cpu"), levels, percent, top_k, uniform)
+
+
+@settings(max_examples=25, deadline=None)
+@given(**EXACT)
+def test_samples_of_exact_probabilities_with_triton(
+    levels: list[int], percent: int, top_k: int, uniform: float
+) -> None:
+    check_exact(load_backend("triton", "cpu"), levels, percent, top_k, uniform)
+
+
+def check_exact(kernels: Kernels, levels: list[int], percent: int, top_k: int, uniform: float) -> None:
     """Powers of two, most of them tied, counted in whole numbers here."""
-    kernels = load_backend(backend, "cpu")
     mass = [2**level for level in levels]
     kept = [m if top_k == 0 or m >= sorted(mass)[-min(top_k, len(mass))] else 0 for m in mass]
     nucleus: set[int] = set()

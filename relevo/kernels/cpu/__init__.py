@@ -26,19 +26,24 @@ from relevo.kernels.cpu.simd import ELEMENTS
 from relevo.kernels.cpu.store import Lines, scatter
 from relevo.kernels.cpu.topk import argmax, top_k
 from relevo.kernels.metadata import AttentionMetadata
+from relevo.kernels.reference import apply_penalties, gather_blocks, scatter_blocks, sgmv
 
 __all__ = [
     "WIDENS_16_BITS",
     "add_rms_norm",
+    "apply_penalties",
     "argmax",
     "gated_activation",
+    "gather_blocks",
     "mask_logits",
     "paged_attention",
     "prepare_linear",
     "rms_norm",
     "rotary_store_kv",
     "sample",
+    "scatter_blocks",
     "score",
+    "sgmv",
     "store_kv",
     "top_k",
     "warm_up",
