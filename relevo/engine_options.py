@@ -31,6 +31,9 @@ def engine_options(
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="of weights, activations and KV")
     ] = "auto",
+    kv_cache_dtype: Annotated[
+        Literal["auto", "fp8_e4m3"], typer.Option(help="of KV; auto: that of activations, fp8_e4m3: 8 bits")
+    ] = "auto",
     max_model_len: Annotated[
         int | None, typer.Option(min=1, help="tokens of prompt and output together. Default: the model's")
     ] = None,
@@ -48,8 +51,8 @@ def engine_options(
     seed: Annotated[int, typer.Option(min=0, help="of dummy weights")] = 0,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="where workers compute")] = "auto",
     attention_backend: Annotated[
-        Literal["auto", "reference", "cpu", "triton"],
-        typer.Option(help="kernels: plain torch, numba for the CPU, or Triton for a GPU"),
+        Literal["auto", "reference", "cpu", "triton", "flash-attn"],
+        typer.Option(help="kernels: plain torch, numba for the CPU, or for a GPU Triton, or that and FlashAttention"),
     ] = "auto",
     passes: Annotated[bool, typer.Option(help="replace the model's modules by faster ones that are equal")] = True,
     quantization: Annotated[

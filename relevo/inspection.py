@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from relevo.engine.config import EngineConfig
+from relevo.engine.loading import kv_dtype
 from relevo.engine.threads import set_num_threads
 from relevo.kernels import load_backend
 from relevo.model_files import resolve_model
@@ -97,7 +98,7 @@ def inspect_model(config: EngineConfig) -> Inspection:
         kernels=kernels,
         passes=config.passes,
     )
-    layout = KVLayout(layers=model.layout_layers, dtype=model.dtype, block_size=config.block_size)
+    layout = KVLayout(layers=model.layout_layers, dtype=kv_dtype(config, model), block_size=config.block_size)
     num_blocks = config.kv_cache_memory // layout.block_bytes
     text_config = model.config.get_text_config()
     return Inspection(

@@ -10,7 +10,8 @@ from relevo.core.errors import StartupError
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
 Device = Literal["auto", "cpu", "cuda"]
-AttentionBackend = Literal["auto", "reference", "cpu", "triton"]
+KVCacheDtype = Literal["auto", "fp8_e4m3"]
+AttentionBackend = Literal["auto", "reference", "cpu", "triton", "flash-attn"]
 Quantization = Literal["none", "int8"]
 
 DEFAULT_DRAFTS = {"draft": 5, "ngram": 10, "suffix": 10}  # those who compute nothing for a draft may try more
@@ -23,6 +24,7 @@ class EngineConfig:
 
     model: Hugging Face id, local folder, or None for the demo model
     dtype: of weights, activations and KV; auto takes the checkpoint's
+    kv_cache_dtype: fp8_e4m3 keeps KV in 8 bits, by the checkpoint's k_scale and v_scale where it has them
     max_model_len: tokens of prompt and output together; None takes the model's
     block_size: tokens in a KV block
     kv_cache_memory: bytes
@@ -41,6 +43,7 @@ class EngineConfig:
 
     model: str | None = None
     dtype: Dtype = "auto"
+    kv_cache_dtype: KVCacheDtype = "auto"
     max_model_len: int | None = None
     block_size: int = 16
     kv_cache_memory: int = 1 << 30

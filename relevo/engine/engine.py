@@ -19,7 +19,7 @@ from relevo.core.scheduler import Scheduler
 from relevo.engine.beams import BeamCandidates, BeamGroups, EndedBeams
 from relevo.engine.config import EngineConfig, EngineInfo
 from relevo.engine.kv_cache import KVCache
-from relevo.engine.loading import load_configured
+from relevo.engine.loading import kv_dtype, load_configured
 from relevo.engine.logits_processors import make_processor
 from relevo.engine.model_runner import ModelRunner, RunResult
 from relevo.engine.prompt_logprobs import max_rows
@@ -62,7 +62,7 @@ class Engine:
         kernels = load_backend(config.attention_backend, device.type)
         model = load_configured(config, files, kernels, device)
         keep_freed_memory()
-        layout = KVLayout(layers=model.layout_layers, dtype=model.dtype, block_size=config.block_size)
+        layout = KVLayout(layers=model.layout_layers, dtype=kv_dtype(config, model), block_size=config.block_size)
         draft = load_draft_model(config, kernels, device)
         draft_layout = None if draft is None else KVLayout(draft.layout_layers, draft.dtype, config.block_size)
         draft_bytes = 0 if draft_layout is None else draft_layout.block_bytes

@@ -11,6 +11,11 @@ from relevo.models.causal_lm import CausalLM
 from relevo.models.loader import load_model
 
 
+def kv_dtype(config: EngineConfig, model: CausalLM) -> torch.dtype:
+    """Of the target's KV cache; a draft model's is its own."""
+    return torch.float8_e4m3fn if config.kv_cache_dtype == "fp8_e4m3" else model.dtype
+
+
 def load_configured(config: EngineConfig, files: ModelFiles, kernels: Kernels, device: torch.device) -> CausalLM:
     """Raises StartupError if it can't be loaded."""
     return load_model(

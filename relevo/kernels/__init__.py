@@ -1,7 +1,8 @@
 """Attention over a paged KV cache: one module a backend, the same functions in each.
 
 `reference` is plain torch, runs everywhere and is what the others are tested against; `cpu` is numba; `triton` is for
-GPUs, and runs on a CPU only in Triton's interpreter (TRITON_INTERPRET=1, for tests).
+GPUs, and runs on a CPU only in Triton's interpreter (TRITON_INTERPRET=1, for tests); `flash-attn` is `triton` with
+attention by FlashAttention 3.
 Importing this package imports neither torch nor numba nor triton; `load_backend` imports what it needs.
 """
 
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["BACKENDS", "Activation", "AttentionMetadata", "Kernels", "PreparedLinear", "load_backend"]
 
-BACKENDS = ("auto", "reference", "cpu", "triton")
+BACKENDS = ("auto", "reference", "cpu", "triton", "flash-attn")
+
+_PACKAGES = (("flash-attn", "flash_attn_interface"), ("triton", "triton"))  # for a GPU, the best first
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
@@ -49,7 +52,16 @@ class Kernels(Protocol):
 
     WIDENS_16_BITS: bool
 
-    def store_kv(self, key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    def store_kv(
+        self,
+        key: Tensor,
+        value: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+    ) -> None:
         """Write a step's keys and values into the cache.
 
         key:          [num_tokens, kv_heads, k_dim], any strides
@@ -57,8 +69,10 @@ class Kernels(Protocol):
         k_cache:      [num_blocks, block_size, kv_heads, k_dim], a strided view; key is cast to its dtype
         v_cache:      [num_blocks, block_size, kv_heads, v_dim], likewise
         slot_mapping: [num_tokens] int64, block_id * block_size + offset
+        k_scale:      [kv_heads] or [1] float32, of a float8_e4m3fn cache: it keeps key / k_scale, at most ±448
+        v_scale:      likewise; both or neither are given. None stands for 1
 
-        Raises IndexError for a slot outside the cache.
+        Raises IndexError for a slot outside the cache; on a GPU, where nobody waits to see it, writes nothing there.
         """
         ...
 
@@ -73,6 +87,8 @@ class Kernels(Protocol):
         sliding_window: int | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
     ) -> Tensor:
         """Causal attention of a flat batch's queries over their sequences' cached keys and values.
 
@@ -80,6 +96,7 @@ class Kernels(Protocol):
         k_cache: [num_blocks, block_size, kv_heads, k_dim], a strided view
         v_cache: [num_blocks, block_size, kv_heads, v_dim], a strided view
         sinks:   [heads], one logit more in each head's softmax denominator (gpt-oss)
+        k_scale, v_scale: as in store_kv
         returns: [num_tokens, heads, v_dim], contiguous, query's dtype
 
         A query at position p sees keys [max(0, p - sliding_window + 1), p], as in transformers. Logits are
@@ -125,10 +142,12 @@ class Kernels(Protocol):
         k_cache: Tensor,
         v_cache: Tensor,
         slot_mapping: Tensor,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
     ) -> Tensor:
         """Rotate queries and keys (Su et al. 2021, halves rotated as in Llama); write keys and values into the cache.
 
-        query, key, value, k_cache, v_cache, slot_mapping: as in store_kv and paged_attention
+        query, key, value, k_cache, v_cache, slot_mapping, k_scale, v_scale: as in store_kv and paged_attention
         cos, sin: [num_tokens, rot_dim], rot_dim even and at most k_dim; what lies beyond rot_dim stays as it is
         returns: the rotated query, [num_tokens, heads, k_dim], contiguous
 
@@ -248,7 +267,8 @@ class Kernels(Protocol):
 
 
 def load_backend(name: str, device: str) -> Kernels:
-    """Import a backend by name; `auto` is `cpu` on a CPU, and on any other device `triton` where it is installed.
+    """Import a backend by name; `auto` is `cpu` on a CPU, elsewhere the first of `flash-attn`, `triton`, `reference`
+    whose package is installed.
 
     Raises ValueError if the name is unknown, or names a backend that cannot run on `device`.
     """
@@ -256,11 +276,15 @@ def load_backend(name: str, device: str) -> Kernels:
         raise ValueError(f"unknown kernel backend {name!r}: choose one of {', '.join(BACKENDS)}")
     on_cpu = device.partition(":")[0] == "cpu"
     if name == "auto":
-        name = "cpu" if on_cpu else "triton" if find_spec("triton") else "reference"
+        name = "cpu" if on_cpu else next((name for name, package in _PACKAGES if find_spec(package)), "reference")
     if name == "cpu" and not on_cpu:
         raise ValueError(
             f"kernel backend 'cpu' cannot run on device {device!r}: choose 'triton', 'reference' or 'auto'"
         )
     if name == "triton" and on_cpu and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("kernel backend 'triton' needs a GPU: on a CPU choose 'cpu' or 'auto'")
-    return cast(Kernels, import_module(f"relevo.kernels.{name}"))
+    if name == "flash-attn" and on_cpu:
+        raise ValueError("kernel backend 'flash-attn' needs a GPU: on a CPU choose 'cpu' or 'auto'")
+    if name == "flash-attn" and not find_spec(_PACKAGES[0][1]):
+        raise ValueError(f"kernel backend 'flash-attn' needs the package {_PACKAGES[0][1]}, which is not installed")
+    return cast(Kernels, import_module(f"relevo.kernels.{name.replace('-', '_')}"))

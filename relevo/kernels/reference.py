@@ -72,9 +72,11 @@ def rotary_store_kv(
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """See `Kernels.rotary_store_kv`."""
-    store_kv(_rotate(key, cos, sin), value, k_cache, v_cache, slot_mapping)
+    store_kv(_rotate(key, cos, sin), value, k_cache, v_cache, slot_mapping, k_scale, v_scale)
     return _rotate(query, cos, sin).contiguous()
 
 
@@ -138,12 +140,20 @@ def sgmv(x: Tensor, a: Tensor, b: Tensor, adapters: Tensor, scale: Tensor, out: 
         out[rows] = (_wide(out[rows]) + scale[adapter] * (small @ _wide(b[adapter]).T)).to(out.dtype)
 
 
-def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+def store_kv(
+    key: Tensor,
+    value: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
     """Write a step's keys and values into the cache; see `Kernels.store_kv`."""
     block_size = k_cache.shape[1]
     block_ids, offsets = slot_mapping // block_size, slot_mapping % block_size
-    k_cache[block_ids, offsets] = key.to(k_cache.dtype)
-    v_cache[block_ids, offsets] = value.to(v_cache.dtype)
+    _indexable(k_cache)[block_ids, offsets] = _rounded(key, k_cache.dtype, k_scale)
+    _indexable(v_cache)[block_ids, offsets] = _rounded(value, v_cache.dtype, v_scale)
 
 
 def paged_attention(
@@ -156,6 +166,8 @@ def paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Causal attention over the paged cache; see `Kernels.paged_attention`."""
     num_tokens, heads, _ = query.shape
@@ -170,8 +182,8 @@ def paged_attention(
         first_key = 0 if sliding_window is None else max(0, first_position - sliding_window + 1)
         output[begin:end] = _attend(
             query[begin:end],
-            _context(k_cache, metadata.block_table[i], first_key, seq_len),
-            _context(v_cache, metadata.block_table[i], first_key, seq_len),
+            _context(k_cache, metadata.block_table[i], first_key, seq_len, k_scale),
+            _context(v_cache, metadata.block_table[i], first_key, seq_len, v_scale),
             _visible(first_position, first_key, seq_len, sliding_window, query.device),
             scale=scale,
             softcap=softcap,
@@ -208,11 +220,26 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((rotated * cos + turned * sin, rest), dim=-1).to(x.dtype)
 
 
-def _context(cache: Tensor, block_ids: Tensor, begin: int, end: int) -> Tensor:
+def _rounded(x: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
+    """[num_tokens, kv_heads, dim] as a cache of that dtype keeps it, in the dtype of `_indexable`."""
+    if dtype != torch.float8_e4m3fn:
+        return x.to(dtype)
+    wide = _wide(x) if scale is None else _wide(x) / scale[:, None]
+    largest = torch.finfo(dtype).max
+    return wide.clamp(-largest, largest).to(dtype).view(torch.uint8)
+
+
+def _indexable(cache: Tensor) -> Tensor:
+    """The cache, in a dtype that torch indexes on every device."""
+    return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
+
+
+def _context(cache: Tensor, block_ids: Tensor, begin: int, end: int, scale: Tensor | None) -> Tensor:
     """Keys or values [begin, end) of one sequence: [end - begin, kv_heads, dim]."""
     block_size = cache.shape[1]
     positions = torch.arange(begin, end, device=cache.device)
-    return cache[block_ids[positions // block_size].long(), positions % block_size]
+    context = _indexable(cache)[block_ids[positions // block_size].long(), positions % block_size].view(cache.dtype)
+    return context if scale is None else context.float() * scale[:, None]
 
 
 def _visible(first_position: int, first_key: int, end: int, window: int | None, device: torch.device) -> Tensor:

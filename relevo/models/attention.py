@@ -86,11 +86,13 @@ class AttentionContext:
     """A step's batch, the cache it reads and writes, and the kernels that do so.
 
     layers: for every layer its (k_cache, v_cache), as KVLayout.views gives them
+    scales: for every layer its (k_scale, v_scale), of a cache in 8 bits; None: 1
     """
 
     metadata: AttentionMetadata
     layers: Sequence[tuple[Tensor, Tensor]]
     kernels: Kernels
+    scales: Sequence[tuple[Tensor, Tensor]] | None = None
 
     def attend(
         self,
@@ -109,9 +111,10 @@ class AttentionContext:
     ) -> Tensor:
         """Store the new keys and values, then attend over the cached ones; see `Attention.attend`."""
         k_cache, v_cache = self.layers[layer_idx]
-        self.kernels.store_kv(
-            key[0].transpose(0, 1), value[0].transpose(0, 1), k_cache, v_cache, self.metadata.slot_mapping
-        )
+        k_scale, v_scale = self._scales(layer_idx)
+        slots = self.metadata.slot_mapping
+        key, value = key[0].transpose(0, 1), value[0].transpose(0, 1)
+        self.kernels.store_kv(key, value, k_cache, v_cache, slots, k_scale, v_scale)
         return self.kernels.paged_attention(
             query[0].transpose(0, 1),
             k_cache,
@@ -121,6 +124,8 @@ class AttentionContext:
             sliding_window=sliding_window,
             softcap=softcap,
             sinks=sinks,
+            k_scale=k_scale,
+            v_scale=v_scale,
         ).unsqueeze(0)
 
     def attend_rotary(
@@ -139,8 +144,11 @@ class AttentionContext:
     ) -> Tensor:
         """Rotate, store and attend; see `RotaryAttention.attend_rotary`."""
         k_cache, v_cache = self.layers[layer_idx]
+        k_scale, v_scale = self._scales(layer_idx)
         kernels, metadata = self.kernels, self.metadata
-        rotated = kernels.rotary_store_kv(query, key, value, cos, sin, k_cache, v_cache, metadata.slot_mapping)
+        rotated = kernels.rotary_store_kv(
+            query, key, value, cos, sin, k_cache, v_cache, metadata.slot_mapping, k_scale, v_scale
+        )
         return kernels.paged_attention(
             rotated,
             k_cache,
@@ -150,7 +158,12 @@ class AttentionContext:
             sliding_window=sliding_window,
             softcap=softcap,
             sinks=sinks,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
+
+    def _scales(self, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:
+        return (None, None) if self.scales is None else self.scales[layer_idx]
 
 
 def register_attention() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class CausalLM:
     model_kwargs: the keywords through which an attention reaches the model's modules
     parameters: how many of each dtype, as loaded
     passes: what was done to the modules; empty if passes were off
+    kv_scales: each layer's (k_scale, v_scale), [1] float32, that the checkpoint has for a cache in 8 bits
     """
 
     module: nn.Module
@@ -40,6 +41,7 @@ class CausalLM:
     model_kwargs: Callable[[Attention], Mapping[str, Any]]
     parameters: Mapping[torch.dtype, int]
     passes: tuple[PassRecord, ...] = ()
+    kv_scales: tuple[tuple[Tensor, Tensor], ...] | None = None
 
     @property
     def layout_layers(self) -> tuple[LayerShape, ...]:
@@ -55,6 +57,8 @@ class CausalLM:
         logits_indices:       [n] int64, the tokens whose next-token logits are wanted; n may be 0
         returns: [n, vocab_size] float32, as the model's own forward gives them
         """
+        if self.kv_scales is not None and context.layers[0][0].dtype == torch.float8_e4m3fn:
+            context = replace(context, scales=self.kv_scales)
         output = self.module(
             input_ids=input_ids[None],
             position_ids=positions[None],

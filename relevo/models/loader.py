@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
@@ -24,6 +25,7 @@ from relevo.models.attention import PAGED, PROBED, Attention, register_attention
 from relevo.models.causal_lm import CausalLM
 from relevo.models.checkpoint import Memory, available_memory, content_digest, weight_files
 from relevo.models.dummy_weights import dummy_state_dict
+from relevo.models.kv_scales import stored_kv_scales
 from relevo.models.passes import PassRecord, apply_passes
 from relevo.models.probe import probe_model, unsupported
 from relevo.models.quantization import Quantization
@@ -89,7 +91,10 @@ def load_model(
             parts = _fingerprint_parts(files, config)
             source, weights = _weight_source(files, config, skeleton)
         model = _from_pretrained(files, model_class, source, config, torch_dtype, device, adapter, weights)
-        return _probed(files.name, model, adapter, torch_dtype, parts, kernels, passes, quantization)
+        loaded = _probed(files.name, model, adapter, torch_dtype, parts, kernels, passes, quantization)
+        if load_format == "dummy":
+            return loaded
+        return replace(loaded, kv_scales=stored_kv_scales(weight_files(files), len(loaded.layers), device))
 
 
 def choose_dtype(

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from relevo.engine.config import AttentionBackend, Device, Dtype, EngineConfig, LoadFormat, Quantization
+from relevo.engine.config import AttentionBackend, Device, Dtype, EngineConfig, KVCacheDtype, LoadFormat, Quantization
 from services.common.config import ByteSize
 from services.common.discovery.settings import FleetSettings
 
@@ -29,6 +29,7 @@ class WorkerSettings(FleetSettings):
     )
     served_model_name: str | None = Field(None, description="name under which the model is known; by default --model")
     dtype: Dtype = Field("auto", description="of weights, activations and KV; auto: the checkpoint's")
+    kv_cache_dtype: KVCacheDtype = Field("auto", description="of KV; auto: that of activations, fp8_e4m3: 8 bits")
     max_model_len: int | None = Field(None, ge=1, description="tokens, prompt and output; by default the model's")
     block_size: int = Field(16, ge=1, description="tokens in a KV block")
     kv_cache_memory: ByteSize = Field(1 << 30, ge=1, description="memory of the KV cache, e.g. 4GiB")
@@ -73,6 +74,7 @@ class WorkerSettings(FleetSettings):
         return EngineConfig(
             model=self.model,
             dtype=self.dtype,
+            kv_cache_dtype=self.kv_cache_dtype,
             max_model_len=self.max_model_len,
             block_size=self.block_size,
             kv_cache_memory=self.kv_cache_memory,

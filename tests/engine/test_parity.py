@@ -64,6 +64,20 @@ def test_greedy_equals_transformers_with_triton(tiny_models: TinyModels, archite
     assert answers == [transformers_greedy(path)[i][:5] for i in shortest]
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_cache_in_8_bits_is_a_quarter_of_float32_under_other_names(tiny_models: TinyModels, backend: str) -> None:
+    """Tokens are those of a coarser cache, and the same in a batch, from the cache, and alone."""
+    path = str(tiny_models.path("llama"))
+    wide = make_engine(path, backend=backend)
+    engine = make_engine(path, backend=backend, kv_cache_dtype="fp8_e4m3")
+    assert 4 * engine.info.block_bytes == wide.info.block_bytes
+    assert engine.info.fingerprint != wide.info.fingerprint
+    answers = generate(engine, prompts())
+    assert has_variety(answers)
+    assert generate(engine, prompts()) == answers
+    assert [generate(engine, [prompt])[0] for prompt in prompts()] == answers
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_preempted_requests_end_with_the_same_tokens(tiny_models: TinyModels, architecture: str) -> None:
     """A pool with room for little more than the longest prompt."""

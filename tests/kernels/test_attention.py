@@ -7,10 +7,12 @@ bfloat16 and float16 one rounding of an output below 4, plus 2e-5.
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from relevo.kernels import AttentionMetadata, Kernels, load_backend, reference
 from relevo.kernels.cpu import calls
@@ -68,6 +70,67 @@ def test_any_head_dim(kernels: Kernels, k_dim: int, v_dim: int, dtype: torch.dty
     check(kernels, make_batch(MIXED, k_dim=k_dim, v_dim=v_dim, dtype=dtype))
 
 
+@pytest.mark.parametrize(("k_dim", "v_dim"), [(64, 64), (96, 96), (192, 192), (576, 512)])
+@pytest.mark.parametrize("block_size", [32, 64])
+def test_head_dims_and_block_sizes_that_are_served(kernels: Kernels, k_dim: int, v_dim: int, block_size: int) -> None:
+    """Contexts of one token, and of a block less one, exactly one, and one more, with 1 and 4 queries."""
+    lens = [(1, 1), (block_size - 1, 4), (block_size, 1), (block_size + 1, 4)]
+    batch = make_batch(
+        lens, heads=6, kv_heads=1 if k_dim > 256 else 2, k_dim=k_dim, v_dim=v_dim, block_size=block_size,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    check(kernels, batch)
+
+
+@pytest.mark.parametrize("window", [None, 64])
+@pytest.mark.parametrize("drafts", [1, 4, 15])
+def test_drafts_are_verified_over_split_contexts(kernels: Kernels, drafts: int, window: int | None) -> None:
+    """Every sequence computes 1 + drafts tokens; 15 drafts of 5 heads a kv head are more rows than one tile has."""
+    batch = make_batch([(1030, 1 + drafts), (513, 1 + drafts)], heads=10, dtype=torch.bfloat16, sliding_window=window)
+    check(kernels, batch, sliding_window=window)
+
+
+@pytest.mark.parametrize("lens", [[(600, 1), (45, 3), (80, 40)], [(50, 50), (1, 1), (300, 8)]], ids=str)
+def test_decodes_and_prompts_in_one_batch(kernels: Kernels, lens: list[tuple[int, int]]) -> None:
+    check(kernels, make_batch(lens, heads=8, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("scales", [None, 1, 2], ids=["unscaled", "a layer", "a head"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_fp8_cache_with_scales(kernels: Kernels, dtype: torch.dtype, scales: int | None) -> None:
+    """Against attention over what the cache then holds, which is what torch rounds to; nothing else is rounded twice.
+
+    bfloat16 rounds the weights too, and the scales make outputs larger by up to 1.5: two roundings below 4.
+    """
+    batch = make_batch(EDGES, dtype=dtype)
+    given: dict[str, Any] = {}
+    if scales is not None:
+        given = {"k_scale": torch.tensor([0.5, 2.0])[:scales], "v_scale": torch.tensor([0.75, 1.5])[:scales]}
+    batch = _in_fp8(batch, **given)
+    kernels.store_kv(batch.key, batch.value, batch.k_cache, batch.v_cache, batch.metadata.slot_mapping, **given)
+    output = kernels.paged_attention(batch.query, batch.k_cache, batch.v_cache, batch.metadata, scale=0.125, **given)
+    tolerance = {torch.float32: 5e-5, torch.bfloat16: 3.2e-2}[dtype]
+    torch.testing.assert_close(output.double(), dense_attention(batch, scale=0.125), rtol=0, atol=tolerance)
+
+
+def _in_fp8(batch: Batch, k_scale: Tensor | None = None, v_scale: Tensor | None = None) -> Batch:
+    """The same batch over caches in 8 bits, its contexts as they read back. This step's slots are NaN still."""
+
+    def rounded(x: Tensor, scale: Tensor | None) -> Tensor:
+        factor = torch.ones(1) if scale is None else scale
+        return (x.float() / factor[:, None]).to(torch.float8_e4m3fn)
+
+    def read_back(x: Tensor, scale: Tensor | None) -> Tensor:
+        return rounded(x, scale).float() * (torch.ones(1) if scale is None else scale)[:, None]
+
+    return replace(
+        batch,
+        k_cache=rounded(batch.k_cache, k_scale),
+        v_cache=rounded(batch.v_cache, v_scale),
+        contexts=[(read_back(key, k_scale), read_back(value, v_scale)) for key, value in batch.contexts],
+    )
+
+
 @pytest.mark.parametrize("window", [1, 7, 16, 33, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sliding_window_reads_nothing_that_left_it(kernels: Kernels, window: int, dtype: torch.dtype) -> None:
@@ -91,7 +154,7 @@ def test_everything_at_once(kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"sinks": torch.ones(4)}, {"softcap": 2.0}, {"sliding_window": 1500}], ids=str)
-@pytest.mark.parametrize("lens", [[(2001, 1)], [(1300, 3), (40, 40)], [(1100, 40), (1, 1)]], ids=str)
+@pytest.mark.parametrize("lens", [[(2001, 1)], [(1300, 3), (9, 9)], [(1100, 20), (1, 1)]], ids=str)
 def test_long_contexts_are_split_and_merged(
     kernels: Kernels, lens: list[tuple[int, int]], options: dict[str, Any]
 ) -> None:
@@ -99,7 +162,8 @@ def test_long_contexts_are_split_and_merged(
 
 
 @pytest.mark.parametrize("threads", [2, 5])
-def test_any_number_of_threads(kernels: Kernels, threads: int) -> None:
+def test_any_number_of_threads(threads: int) -> None:
+    kernels = load_backend("cpu", "cpu")
     check(kernels, make_batch([(700, 1), (300, 5), (20, 20)], heads=14, dtype=torch.bfloat16), threads=threads)
 
 
@@ -237,3 +301,23 @@ def test_threads_may_attend_at_the_same_time() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_padded_row_without_context_gives_zeros() -> None:
+    """As a captured batch has them: a query, no keys, and a block table that names nothing."""
+    kernels = load_backend("triton", "cpu")
+    batch = make_batch([(700, 1), (1, 1)])
+    kernels.store_kv(batch.key, batch.value, batch.k_cache, batch.v_cache, batch.metadata.slot_mapping)
+    batch.metadata.seq_lens[1] = 0
+    output = kernels.paged_attention(batch.query, batch.k_cache, batch.v_cache, batch.metadata, scale=0.1)
+    assert output[1].eq(0).all()
+    assert output[0].isfinite().all()
+
+
+@pytest.mark.parametrize("longest", [700, 5000])
+def test_a_captured_grid_serves_shorter_contexts(longest: int) -> None:
+    """max_seq_len is the longest context that a graph may ever see: more splits than a short one needs."""
+    kernels = load_backend("triton", "cpu")
+    batch = make_batch([(700, 1), (33, 1), (16, 1)])
+    batch = replace(batch, metadata=replace(batch.metadata, max_seq_len=longest))
+    check(kernels, batch)

@@ -1,6 +1,7 @@
 """Triton 3.6's interpreter, made to do what a GPU does, where it does not.
 
 - A float32 becomes the nearest bfloat16, of two the even one. (It cuts the lower bits off.)
+- A float32 becomes the nearest float8_e4m3fn. (It loses what a rounded mantissa carries.)
 - bfloat16 are multiplied, and made of whole numbers, as what they stand for. (It takes their bits for integers.)
 - A scalar may bound a loop with NumPy 2.4 too. (It takes an array of one element for a number.)
 - inf - inf is NaN, without a warning.
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -32,6 +34,9 @@ def mend() -> None:
 
 
 def _convert(values: npt.NDArray[Any], source: Any, target: Any, rounding_mode: Any) -> npt.NDArray[Any]:
+    if source == tl.float32 and target == tl.float8e4nv:
+        eight = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(torch.float8_e4m3fn)
+        return np.asarray(eight.view(torch.uint8).numpy())
     if source != tl.float32 or target != tl.bfloat16:
         converted: npt.NDArray[Any] = _convert_float(values, source, target, rounding_mode)
         return converted

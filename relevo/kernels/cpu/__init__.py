@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from relevo.kernels import reference
 from relevo.kernels.cpu import activation, draw, logprobs, masks, norm, rotary, topk
 from relevo.kernels.cpu.activation import gated_activation
 from relevo.kernels.cpu.draw import sample
@@ -52,8 +53,19 @@ __all__ = [
 WIDENS_16_BITS = True
 
 
-def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+def store_kv(
+    key: Tensor,
+    value: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
     """Write a step's keys and values into the cache; see `Kernels.store_kv`."""
+    if k_cache.dtype == torch.float8_e4m3fn:
+        reference.store_kv(key, value, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+        return
     num_blocks, block_size, kv_heads, _ = k_cache.shape
     num_tokens = slot_mapping.shape[0]
     assert key.shape == (num_tokens, *k_cache.shape[2:]), (key.shape, k_cache.shape, num_tokens)

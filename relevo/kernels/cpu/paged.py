@@ -61,6 +61,8 @@ def paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Causal attention over the paged cache; see `Kernels.paged_attention`.
 
@@ -68,8 +70,9 @@ def paged_attention(
     """
     if query.dtype not in ELEMENTS or k_cache.dtype not in ELEMENTS or v_cache.dtype != k_cache.dtype:
         return reference.paged_attention(
-            query, k_cache, v_cache, metadata, scale=scale, sliding_window=sliding_window, softcap=softcap, sinks=sinks
-        )
+            query, k_cache, v_cache, metadata, scale=scale, sliding_window=sliding_window, softcap=softcap,
+            sinks=sinks, k_scale=k_scale, v_scale=v_scale,
+        )  # fmt: skip
     if query.stride(-1) != 1:
         query = query.contiguous()
     kind = (

@@ -75,6 +75,8 @@ def rotary_store_kv(
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """See `Kernels.rotary_store_kv`."""
     dtype = query.dtype
@@ -83,7 +85,7 @@ def rotary_store_kv(
     q_strides, k_strides, v_strides = query.stride(), key.stride(), value.stride()
     dense = q_strides[2] == k_strides[2] == v_strides[2] == 1 and cos.stride(1) == sin.stride(1) == 1
     if element is None or angle_element is None or not alike or not dense or cos.stride(0) != sin.stride(0):
-        return reference.rotary_store_kv(query, key, value, cos, sin, k_cache, v_cache, slot_mapping)
+        return reference.rotary_store_kv(query, key, value, cos, sin, k_cache, v_cache, slot_mapping, k_scale, v_scale)
     tokens, heads, k_dim = query.shape
     num_blocks, block_size, kv_heads, v_dim = v_cache.shape
     rot_dim = cos.shape[1]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from relevo.kernels.reference import (
-    paged_attention,
-    store_kv,
-)
 from relevo.kernels.triton.activation import gated_activation
+from relevo.kernels.triton.attention import paged_attention
 from relevo.kernels.triton.blocks import gather_blocks, scatter_blocks
 from relevo.kernels.triton.draw import sample
 from relevo.kernels.triton.linear import prepare_linear
@@ -16,6 +13,7 @@ from relevo.kernels.triton.masks import mask_logits
 from relevo.kernels.triton.norm import add_rms_norm, rms_norm
 from relevo.kernels.triton.penalties import apply_penalties
 from relevo.kernels.triton.rotary import rotary_store_kv
+from relevo.kernels.triton.store import store_kv
 from relevo.kernels.triton.topk import argmax, top_k
 from relevo.kernels.triton.warming import warm_up
 
