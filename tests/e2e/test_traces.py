@@ -83,7 +83,7 @@ def ask(port: int, number: int) -> Measured | None:
 
 
 def read_stream(client: socket.socket, sent_at: float) -> Measured | None:
-    """None if one of the first two events was read together with another: of such the kernel says when the last came."""
+    """None if one of the first two events was read together with another: the kernel says when the last came."""
     received = b""
     event_times: list[float] = []
     together = 0
