@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def keep_freed_memory() -> bool:
     mallopt = _mallopt()
     if mallopt is None:
         return False
-    _libc().malloc_trim(0)
+    give_back_memory()
     # In this order: the threshold must not be left at its default of 128 KiB, which any of these options fixes.
     accepted = [
         any(mallopt(_M_MMAP_THRESHOLD, size) == 1 for size in _MMAP_THRESHOLDS),
@@ -52,6 +53,12 @@ def keep_freed_memory() -> bool:
     if not all(accepted):
         logger.debug("malloc took only some of its options: %s", accepted)
     return all(accepted)
+
+
+def give_back_memory() -> None:
+    """What is free now goes back to the kernel, as far as whole pages of it are free; once, after a start, say."""
+    with suppress(AttributeError):
+        _libc().malloc_trim(0)
 
 
 def _libc() -> ctypes.CDLL:

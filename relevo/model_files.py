@@ -13,6 +13,7 @@ from relevo.core.errors import StartupError
 
 DEMO = "demo"
 DEMO_NAME = "relevo-demo"
+TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import tokenizers
-from tokenizers import AddedToken
-
-from relevo.core.errors import InvalidRequest, StartupError
-from relevo.fast_encoding import fast_encode
+from relevo.core.errors import InvalidRequest
+from relevo.fast_encoding import Encode
 from relevo.model_files import ModelFiles
-from relevo.token_bytes import bytes_function, decodes_bytes_apart, from_byte_level
+from relevo.token_bytes import TokenTable, bytes_function, decodes_bytes_apart, from_byte_level
 
-TOKENIZER_FILE = "tokenizer.json"
-# Other forms of a tokenizer, which transformers can convert. config.json alone (dummy shapes) has none.
-OTHER_FORMS = (
-    "vocab.json",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "*.tiktoken",
-    "tiktoken.model",
-    "tekken.json",
-)
-CONVERSION_SECONDS = 120
+if TYPE_CHECKING:
+    import tokenizers
 
-NAMED_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MAX_BYTES_KEPT = 16_384  # tokens whose bytes are at hand at once: the first that are met, some 2 MB of them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """What is known of the tokens.
+
+    size: how many there are, added ones included; a model may have more embeddings than that
+    eos_token_ids: of the tokenizer alone; generation_config.json may name others
+    around: the special tokens before and after every text; None if they are not the same for all texts
+    decoder: as in tokenizer.json
+    table: for a decoder that puts tokens' bytes together and does nothing else; None for any other
+    """
+
+    size: int
+    special_ids: frozenset[int]
+    eos_token_ids: tuple[int, ...]
+    around: tuple[list[int], list[int]] | None
+    decoder: dict[str, Any]
+    table: TokenTable | None
 
 
 class Tokenizer:
@@ -44,42 +46,46 @@ class Tokenizer:
 
     def __init__(
         self,
-        backend: tokenizers.Tokenizer,
+        vocabulary: Vocabulary,
+        encode: Encode | None,
+        backend: tokenizers.Tokenizer | None,
         *,
         special_tokens: Mapping[str, str] | None = None,
         chat_templates: Mapping[str, str] | None = None,
     ) -> None:
-        backend.no_truncation()
-        backend.no_padding()
+        """encode: without special tokens around the text. backend: does what encode and the vocabulary's table can't;
+        None: they can do all."""
+        self.vocabulary = vocabulary
+        self._encode = encode
         self._backend = backend
-        self._fast_encode = fast_encode(backend)
-        # What the model wants around a text: BOS before it, mostly.
-        self._around = _around(backend)
         self._special_tokens = dict(special_tokens or {})
         self._chat_templates = dict(chat_templates or {})
-        self._special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+        self._to_bytes = bytes_function(vocabulary.decoder)
         self._bytes: dict[int, bytes] = {}
-        decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {"type": "none"}
-        self._to_bytes = bytes_function(decoder)
-        self.replaces_each_byte: bool = decodes_bytes_apart(decoder)
-        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        eos = self._special_tokens.get("eos_token")
-        eos_id = None if eos is None else backend.token_to_id(eos)
-        self.eos_token_ids: tuple[int, ...] = () if eos_id is None else (eos_id,)
+        self._special_ids = vocabulary.special_ids
+        self.replaces_each_byte: bool = decodes_bytes_apart(vocabulary.decoder)
+        self.vocab_size = vocabulary.size
+        self.eos_token_ids = vocabulary.eos_token_ids
 
     @classmethod
-    def from_files(cls, files: ModelFiles) -> Tokenizer | None:
+    def from_files(cls, files: ModelFiles, *, apart: bool = False) -> Tokenizer | None:
         """The tokenizer in a model's folder, None if there is none.
 
-        Raises StartupError if what is there cannot be read.
+        apart: read it in a process of its own if what is left of it can do without the library `tokenizers`: 0.1 to
+        0.6 s more, and up to 100 MB less. Raises StartupError if what is there cannot be read.
         """
-        if (files.path / TOKENIZER_FILE).is_file():
-            return _load(files.path)
-        if not any(next(files.path.glob(pattern), None) for pattern in OTHER_FORMS):
-            return None
-        with tempfile.TemporaryDirectory(prefix="relevo-tokenizer-") as folder:
-            _convert(files, Path(folder))
-            return _load(Path(folder))
+        if apart:
+            from relevo.tokenizer_apart import read_apart
+
+            return read_apart(files)
+        from relevo.tokenizer_files import read_tokenizer
+
+        return read_tokenizer(files)
+
+    @property
+    def needs_library(self) -> bool:
+        """`tokenizers` is at work here."""
+        return self._backend is not None
 
     @property
     def chat_template(self) -> str | None:
@@ -96,15 +102,22 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"text is not valid Unicode: {error.reason} at character {error.start}") from error
-        if self._fast_encode is not None and (self._around is not None or not add_special_tokens):
-            ids = self._fast_encode(text)
-            return [*self._around[0], *ids, *self._around[1]] if add_special_tokens and self._around else ids
+        around = self.vocabulary.around
+        if self._encode is not None and (around is not None or not add_special_tokens):
+            ids = self._encode(text)
+            return [*around[0], *ids, *around[1]] if add_special_tokens and around else ids
+        assert self._backend is not None
         # fast: without offsets into the text, which nobody asks for; they cost a quarter of the time.
         [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(encoding.ids)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text; incomplete or invalid UTF-8 becomes U+FFFD, ids that are no token become nothing."""
+        table = self.vocabulary.table
+        if table is not None:
+            skipped = self._special_ids if skip_special_tokens else frozenset()
+            return b"".join(table[i] for i in token_ids if i not in skipped).decode(errors="replace")
+        assert self._backend is not None
         text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
@@ -115,7 +128,9 @@ class Tokenizer:
         """What a token adds to a text that has begun: perhaps part of a character. b"" for an id that is no token."""
         known = self._bytes.get(token_id)
         if known is None:
-            known = self._bytes[token_id] = self._find_bytes(token_id)
+            known = self._find_bytes(token_id)
+            if len(self._bytes) < MAX_BYTES_KEPT:
+                self._bytes[token_id] = known
         return known
 
     def token_text(self, token_id: int) -> str:
@@ -134,28 +149,21 @@ class Tokenizer:
     ) -> str:
         """A chat as the text that the model was trained on.
 
-        template_kwargs: `tools` and `documents` (lists of dicts), `continue_final_message`, and any variable of the
-        template. Raises InvalidRequest if there is no template, or it refuses the messages.
+        template_kwargs: `tools` and `documents` (lists of dicts), and any variable of the template. Raises
+        InvalidRequest if there is no template, or it refuses the messages.
         """
-        import jinja2
-        from transformers.utils.chat_template_utils import render_jinja_template
+        import jinja2  # not before the first chat: some processes never see one
+
+        from relevo import chat_template
 
         template = self._template_for(template_kwargs.get("tools"))
         if not messages:
             raise InvalidRequest("messages must not be empty", "messages")
-        # Many templates would write "None" for a key that is there without a value.
-        chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        variables = {"tools": None, "documents": None, **self._special_tokens, **template_kwargs}
         try:
-            rendered = render_jinja_template(
-                [chat],
-                chat_template=template,
-                add_generation_prompt=add_generation_prompt,
-                **{**self._special_tokens, **template_kwargs},
-            )
+            return chat_template.render(template, messages, add_generation_prompt=add_generation_prompt, **variables)
         except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise InvalidRequest(f"the model's chat template refuses these messages: {error}", "messages") from error
-        text: str = rendered[0][0]
-        return text
 
     def _template_for(self, tools: object) -> str:
         if tools is not None and "tool_use" in self._chat_templates:
@@ -165,6 +173,9 @@ class Tokenizer:
         return self._chat_templates["default"]
 
     def _find_bytes(self, token_id: int) -> bytes:
+        if self.vocabulary.table is not None:
+            return self.vocabulary.table[token_id]
+        assert self._backend is not None
         token = self._backend.id_to_token(token_id)
         if token is None:
             return b""
@@ -174,103 +185,3 @@ class Tokenizer:
         anchor = self.decode([token_id], skip_special_tokens=False)
         both = self.decode([token_id, token_id], skip_special_tokens=False)
         return both[len(anchor) :].encode()
-
-
-def _around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]] | None:
-    """The special tokens before and after every text; None if they are not the same for two texts."""
-    found = set()
-    for text in ("a", "b c"):
-        bare = backend.encode(text, add_special_tokens=False).ids
-        whole = backend.encode(text, add_special_tokens=True).ids
-        starts = [at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare]
-        if not bare or len(starts) != 1:
-            return None
-        found.add((tuple(whole[: starts[0]]), tuple(whole[starts[0] + len(bare) :])))
-    if len(found) != 1:
-        return None
-    [(before, after)] = found
-    return list(before), list(after)
-
-
-def _load(folder: Path) -> Tokenizer:
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-    except Exception as error:  # the library raises nothing narrower
-        raise StartupError(f"{folder / TOKENIZER_FILE} cannot be read: {error}") from error
-    config = _read_json(folder / "tokenizer_config.json")
-    # add_bos_token and add_eos_token in the config do not count: transformers, too, follows tokenizer.json there.
-    if "added_tokens_decoder" not in config:
-        config |= _read_json(folder / "special_tokens_map.json")
-    special_tokens = {
-        key: _content(value)
-        for key, value in config.items()
-        if (key in NAMED_SPECIAL_TOKENS or key.endswith("_token")) and isinstance(value, str | dict) and value
-    }
-    _add_missing_tokens(backend, config, special_tokens.values())
-    return Tokenizer(backend, special_tokens=special_tokens, chat_templates=_chat_templates(folder, config))
-
-
-def _add_missing_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any], named: Iterable[str]) -> None:
-    """Tokens of tokenizer_config.json that tokenizer.json lacks or describes otherwise, in transformers' order."""
-    known = {repr(token) for token in backend.get_added_tokens_decoder().values()}
-    described = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
-    changed = [token for _, fields in described if repr(token := AddedToken(**fields)) not in known]
-    backend.add_tokens(changed)
-
-    added = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    extra_contents = [_content(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
-    # A token that is there already becomes special if it has a name (EOS, …), but not for being called extra.
-    missing = [content for content in named if not added.get(content)]
-    missing += [content for content in extra_contents if content not in added]
-    backend.add_special_tokens([AddedToken(content, special=True, normalized=False) for content in missing])
-
-
-def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """By name. Files of their own go before tokenizer_config.json, as in transformers."""
-    templates = {
-        path.stem: path.read_text(encoding="utf-8") for path in folder.glob("additional_chat_templates/*.jinja")
-    }
-    single = folder / "chat_template.jinja"
-    if single.is_file():
-        templates["default"] = single.read_text(encoding="utf-8")
-    if templates:
-        return templates
-    given = config.get("chat_template")
-    if isinstance(given, list):
-        return {template["name"]: template["template"] for template in given}
-    if isinstance(given, dict):
-        return dict(given)
-    return {} if given is None else {"default": given}
-
-
-def _content(token: str | dict[str, Any]) -> str:
-    return token if isinstance(token, str) else str(token["content"])
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StartupError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise StartupError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
-
-
-def _convert(files: ModelFiles, folder: Path) -> None:
-    """Write what transformers makes of the files to `folder`; in a process of its own, for it may import torch."""
-    script = "import sys, transformers as t; t.AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])"
-    command = [sys.executable, "-c", script, str(files.path), str(folder)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=CONVERSION_SECONDS, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise StartupError(
-            f"model {files.name!r}: converting its tokenizer took over {CONVERSION_SECONDS} s"
-        ) from error
-    if done.returncode or not (folder / TOKENIZER_FILE).is_file():
-        lines = done.stderr.strip().splitlines()
-        reason = lines[-1] if lines else f"exit status {done.returncode}"
-        raise StartupError(f"model {files.name!r}: its tokenizer cannot be converted to {TOKENIZER_FILE}: {reason}")

@@ -13,6 +13,7 @@ from relevo import demo
 from relevo.detokenizer import Detokenizer
 from relevo.model_files import ModelFiles
 from relevo.tokenizer import Tokenizer
+from relevo.tokenizer_files import make_tokenizer
 from tests.support.tiny_tokenizers import write_byte_level, write_llama, write_metaspace
 
 KINDS = ("demo", "byte_level", "llama", "metaspace")
@@ -205,6 +206,6 @@ def test_unrecognised_decoder_still_gives_text(tmp_path: Path) -> None:
     backend = Backend(models.WordPiece({"[UNK]": 0, "hello": 1, "##s": 2, "world": 3}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.decoder = decoders.WordPiece()
-    tokenizer = Tokenizer(backend)
+    tokenizer = make_tokenizer(backend)
     token_ids = tokenizer.encode("hellos worlds hello")
     assert stream(Detokenizer(tokenizer, []), token_ids) == tokenizer.decode(token_ids) == "hellos worlds hello"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,14 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gigatoken
-import numpy as np
 import pytest
 import tokenizers
 
 from relevo import demo
 from relevo.fast_encoding import Encode, fast_encode
-from relevo.model_files import ModelFiles
-from relevo.tokenizer import TOKENIZER_FILE, Tokenizer
+from relevo.model_files import TOKENIZER_FILE, ModelFiles
+from relevo.tokenizer import Tokenizer
+from relevo.tokenizer_files import make_tokenizer
 from tests.support.tiny_tokenizers import TEXTS, write_byte_level, write_llama, write_metaspace
 
 WRITERS: dict[str, Callable[[Path], Path]] = {
@@ -81,15 +82,15 @@ def test_threads_may_share_it(backend: tokenizers.Tokenizer) -> None:
 def test_one_different_id_in_one_text_is_enough_to_refuse_it(
     backend: tokenizers.Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    odd = "two\n\nlines\r\nthree\n \n"
+    inner = gigatoken.Tokenizer.from_json(backend.to_str()).backend
+
     class Differs:
-        def __init__(self, backend: tokenizers.Tokenizer) -> None:
-            self._backend = backend
+        def encode_batch_list(self, texts: gigatoken.BytesSource, *, parallel: bool) -> list[list[int]]:
+            ids = inner.encode_batch_list(texts, parallel=parallel)[0]
+            return [ids[:-1] if ids == plain(backend, odd) else ids]
 
-        def encode(self, text: str) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
-            ids = np.array(plain(self._backend, text), dtype=np.uint32)
-            return ids[:-1] if text == "two\n\nlines\r\nthree\n \n" else ids
-
-    monkeypatch.setattr(gigatoken, "Tokenizer", Differs)
+    monkeypatch.setattr(gigatoken.Tokenizer, "from_json", lambda _: SimpleNamespace(backend=Differs()))
     assert fast_encode(backend) is None
 
 
@@ -97,12 +98,22 @@ def test_one_different_id_in_one_text_is_enough_to_refuse_it(
 def test_without_it_everything_goes_the_plain_way(
     backend: tokenizers.Tokenizer, monkeypatch: pytest.MonkeyPatch, reason: str
 ) -> None:
-    def refuse(_: tokenizers.Tokenizer) -> None:
+    def refuse(_: str) -> None:
         raise ValueError("this kind of model")
 
-    monkeypatch.setitem(
-        sys.modules, "gigatoken", None if reason == "not installed" else SimpleNamespace(Tokenizer=refuse)
-    )
+    if reason == "not installed":
+        monkeypatch.setitem(sys.modules, "gigatoken", None)
+    else:
+        monkeypatch.setattr(gigatoken.Tokenizer, "from_json", refuse)
     assert fast_encode(backend) is None
-    tokenizer = Tokenizer(backend)
+    tokenizer = make_tokenizer(backend)
     assert tokenizer.encode(TEXTS[0], add_special_tokens=False) == plain(backend, TEXTS[0])
+
+
+def test_neither_numpy_nor_awkward_is_imported() -> None:
+    script = (
+        "import sys; from relevo.tokenizer import Tokenizer; from relevo.model_files import resolve_model\n"
+        "t = Tokenizer.from_files(resolve_model(None)); assert not t.needs_library; t.encode('some text')\n"
+        "sys.exit(' '.join({'numpy', 'awkward'} & sys.modules.keys()) or None)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

@@ -224,3 +224,28 @@ def test_torch_is_not_imported() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_read_apart_is_the_same(folders: dict[str, Path], kind: str) -> None:
+    """Also one that can't do without the library, which is read here then."""
+    whole, apart = load(folders[kind]), Tokenizer.from_files(ModelFiles(folders[kind], kind), apart=True)
+    assert apart is not None
+    assert apart.needs_library == whole.needs_library == (kind in ("llama", "metaspace"))
+    assert (apart.vocab_size, apart.eos_token_ids) == (whole.vocab_size, whole.eos_token_ids)
+    for token_id in range(whole.vocab_size + 2):
+        assert apart.token_bytes(token_id) == whole.token_bytes(token_id)
+        assert apart.is_special(token_id) == whole.is_special(token_id)
+    for text in [*TEXTS, "two words <|im_end|></s>", ""]:
+        assert apart.encode(text) == whole.encode(text)
+        assert apart.decode(whole.encode(text)) == whole.decode(whole.encode(text))
+    assert apart.render_chat(MESSAGES) == whole.render_chat(MESSAGES)
+
+
+def test_the_library_stays_out_where_it_is_read_apart() -> None:
+    script = (
+        "import sys; from relevo.model_files import resolve_model; from relevo.tokenizer import Tokenizer\n"
+        "t = Tokenizer.from_files(resolve_model(None), apart=True); t.decode(t.encode('hi'))\n"
+        "sys.exit('tokenizers' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

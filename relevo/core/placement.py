@@ -126,6 +126,10 @@ class Placement:
         best = min(cheapest, key=self._order) if len(cheapest) > 1 else cheapest[0]
         self.best = best.explain(costs)
 
+    @property
+    def num_candidates(self) -> int:
+        return len(self._pairs)
+
     @cached_property
     def candidates(self) -> tuple[Candidate, ...]:
         """Cheapest first; never empty."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from relevo.core.errors import InvalidRequest
 
 MAX_SOURCE_BYTES = 128 << 10  # some 3,000 properties of a schema; and gRPC messages stay under 1 MiB
+COMPILE_SECONDS = 2.0  # of CPU time that one may take to compile
 ANY_OBJECT = '{"type":"object"}'
 
 Source = tuple[str, str | tuple[str, ...], bool]

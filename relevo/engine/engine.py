@@ -43,9 +43,9 @@ from relevo.engine.turns import Turns
 from relevo.grammar.compiler import GrammarCompiler
 from relevo.grammar.matcher import start_matching
 from relevo.kernels import load_backend
-from relevo.model_files import generation_defaults, resolve_model
+from relevo.model_files import TOKENIZER_FILE, generation_defaults, resolve_model
 from relevo.models.layout import KVLayout
-from relevo.tokenizer import TOKENIZER_FILE, Tokenizer
+from relevo.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -14,11 +14,10 @@ from typing import cast
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from relevo.core.errors import Exhausted, InvalidRequest
-from relevo.core.structured_outputs import Source, StructuredOutputs
+from relevo.core.structured_outputs import COMPILE_SECONDS, Source, StructuredOutputs
 from relevo.grammar.source import llguidance_source
 from relevo.tokenizer import Tokenizer
 
-COMPILE_SECONDS = 2.0
 MAX_CACHED = 128  # a megabyte each at the very most
 NUM_THREADS = 2  # one that compiles for seconds keeps nobody else waiting
 
@@ -51,6 +50,7 @@ class GrammarCompiler:
     eos_token_ids: what ends a text
     compile_seconds: CPU time that one may take
     max_pending: how many may wait to be compiled; None where requests are bounded otherwise
+    checks_only: nobody computes masks with what it compiles: the vocabulary without what makes them quick takes a third
 
     Any thread.
     """
@@ -63,12 +63,14 @@ class GrammarCompiler:
         vocab_size: int | None = None,
         compile_seconds: float = COMPILE_SECONDS,
         max_pending: int | None = None,
+        checks_only: bool = False,
     ) -> None:
         self._load_tokenizer = load_tokenizer
         self._eos_token_ids = tuple(eos_token_ids)
         self._vocab_size = vocab_size
         self._compile_seconds = compile_seconds
         self._max_pending = max_pending
+        self._slices: list[str] | None = [] if checks_only else None
         self._lock = threading.Lock()  # of the cache
         self._cache: OrderedDict[Source, Future[CompiledGrammar]] = OrderedDict()
         self._num_pending = 0
@@ -129,18 +131,31 @@ class GrammarCompiler:
                 tokenizer = self._load_tokenizer()
                 if tokenizer is None:
                     raise _invalid("this model has no tokenizer, so that text is unknown to it")
-                self._vocabulary = make_vocabulary(tokenizer, self._vocab_size, self._eos_token_ids)
+                self._vocabulary = make_vocabulary(
+                    tokenizer, self._vocab_size, self._eos_token_ids, slices=self._slices
+                )
             return self._vocabulary
 
 
-def make_vocabulary(tokenizer: Tokenizer, vocab_size: int | None, eos_token_ids: Sequence[int]) -> Vocabulary:
-    """Raises InvalidRequest if the model has no token that ends a text."""
+def make_vocabulary(
+    tokenizer: Tokenizer,
+    vocab_size: int | None,
+    eos_token_ids: Sequence[int],
+    *,
+    slices: list[str] | None = None,
+) -> Vocabulary:
+    """slices: llguidance's, parts of the vocabulary by which masks are quick; None: its own choice.
+
+    Raises InvalidRequest if the model has no token that ends a text.
+    """
     size = tokenizer.vocab_size if vocab_size is None else vocab_size
     ends = tuple(token_id for token_id in eos_token_ids if token_id < size)
     if not ends:
         raise _invalid("this model has no end-of-text token, so that no text could end")
     words = _Words(tokenizer, size, ends[0])
-    return Vocabulary(LLTokenizer(cast(str, words), n_vocab=size, eos_token=list(ends)), ends)
+    its_tokenizer = LLTokenizer(cast(str, words), n_vocab=size, eos_token=list(ends), slices=slices)
+    words.tokens.clear()  # they have been read, but `words` itself is kept
+    return Vocabulary(its_tokenizer, ends)
 
 
 class _Words:

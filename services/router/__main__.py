@@ -11,6 +11,7 @@ from ssl import SSLContext
 from prometheus_client import CollectorRegistry
 
 from relevo import __version__
+from relevo.allocator import give_back_memory
 from relevo.core.errors import InvalidRequest, StartupError
 from relevo.model_files import GenerationDefaults, ModelFiles, generation_defaults, resolve_model
 from relevo.tokenizer import Tokenizer
@@ -71,6 +72,7 @@ async def serve(settings: RouterSettings, process: Process) -> None:
             max_running=settings.max_running,
             max_queued=settings.max_queued,
             queue_seconds=settings.queue_seconds,
+            absent_seconds=settings.absent_seconds,
         ),
     )
     dispatcher = FleetDispatcher(fleet, defaults.eos_token_ids, registry=registry)
@@ -100,6 +102,8 @@ async def serve(settings: RouterSettings, process: Process) -> None:
     scheme = "http" if tls is None else "https"
     process.ready(address=server.address, http=f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
     await asyncio.to_thread(_warm_up, tokenizer)  # only now: the workers had more use for the cores
+    gc.collect()
+    give_back_memory()
     gc.freeze()  # what is there now stays, and need not be looked through again and again
 
 
@@ -160,7 +164,7 @@ def _http_options(settings: RouterSettings, tls: SSLContext | None) -> HttpOptio
 
 def _load(model: str | None) -> tuple[ModelFiles, Tokenizer | None, GenerationDefaults]:
     files = resolve_model(model, weights=False)
-    tokenizer = Tokenizer.from_files(files)
+    tokenizer = Tokenizer.from_files(files, apart=True)
     return files, tokenizer, generation_defaults(files)
 
 

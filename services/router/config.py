@@ -69,6 +69,12 @@ class RouterSettings(FleetSettings, cli_prog_name="relevo-router"):
     )
     max_queued: int = Field(256, ge=0, description="requests in the router's queue; a 429 beyond them")
     queue_seconds: float = Field(30.0, gt=0, description="longest wait there; a 429 then")
+    absent_seconds: float = Field(
+        10.0,
+        ge=0,
+        description="longest wait there where no decode worker is that can take requests on: one may be starting anew;"
+        " a 503 then",
+    )
     otlp_endpoint: str | None = Field(
         None,
         description="OTLP collector (gRPC) for traces: host:port or a URL; not given: OTEL_EXPORTER_OTLP_ENDPOINT",

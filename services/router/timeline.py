@@ -73,18 +73,19 @@ class WorkerTimes:
     """What one worker said of the request. sent_at: when the router gave it the request.
 
     kind: prefill, decode
+    told: serialized Stages; as they are they would keep all of the message that they came in
     """
 
     kind: str
     worker_id: str
     sent_at: float
     ended_at: float | None = None
-    told: list[messages_pb2.Stages] = field(default_factory=list)
+    told: list[bytes] = field(default_factory=list)
     transit_seconds: float = float("inf")  # there and back, as far as the quickest message tells
 
     def tell(self, stages: messages_pb2.Stages) -> None:
         now = time.perf_counter()
-        self.told.append(stages)
+        self.told.append(stages.SerializeToString())
         self.transit_seconds = min(self.transit_seconds, now - self.sent_at - stages.sent_ms / 1e3)
 
     @property
@@ -102,8 +103,8 @@ class WorkerTimes:
                 zero + (stage.start_ms + stage.duration_ms) / 1e3,
                 {**{name: _number(value) for name, value in stage.numbers.items()}, **stage.labels},
             )
-            for stages in self.told
-            for stage in stages.stages
+            for told in self.told
+            for stage in messages_pb2.Stages.FromString(told).stages
         ]
 
 
@@ -113,6 +114,20 @@ class Timeline:
 
     first_at, second_at: when the tokens were given to the client's connection
     """
+
+    __slots__ = (
+        "arrived",
+        "attributes",
+        "detokenize_seconds",
+        "ended_at",
+        "error",
+        "first_at",
+        "marks",
+        "num_tokens",
+        "progress",
+        "second_at",
+        "workers",
+    )
 
     def __init__(self, arrived: float | None = None) -> None:
         self.arrived = time.perf_counter() if arrived is None else arrived
@@ -148,7 +163,7 @@ class Timeline:
             self.progress.append((time.perf_counter(), self.num_tokens))
 
     def written(self) -> None:
-        """Tokens were given to the client's connection; the first two times count."""
+        """Tokens are given to the client's connection now; the first two times count."""
         if self.first_at is None:
             self.first_at = time.perf_counter()
         elif self.second_at is None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import struct
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,10 +19,8 @@ from relevo.cli import app
 from tests.e2e.test_serve import SMALL, Serve
 from tests.support.otlp_receiver import OtlpReceiver, otlp_receiver
 
-NUM_REQUESTS = 200
+NUM_REQUESTS, MAX_REQUESTS = 200, 1000
 NUM_CLIENTS = 4
-PATIENCE_SECONDS = 40
-STALL_SECONDS = 0.0015
 TOLERANCE_MS, TOLERANCE = 2.0, 0.03
 TTFT_PARTS = ("arrive", "receive", "tokenize", "place", "queue", "fetch", "prefill", "relay")
 GAP_PARTS = ("transfer_tail", "decode_wait", "step", "step_relay")
@@ -53,10 +49,8 @@ def serve(collector: tuple[OtlpReceiver, str]) -> Iterator[Serve]:
 
 @dataclass(frozen=True)
 class Measured:
-    """Milliseconds as the client saw them, and what the server said. sent_at, second_at: seconds since 1970"""
+    """Milliseconds as the client saw them, and what the server said."""
 
-    sent_at: float
-    second_at: float
     ttft: float
     second_token: float
     timings: dict[str, float]
@@ -66,8 +60,8 @@ def prompt(number: int, num_words: int) -> str:
     return f"request {number}: " + " ".join(f"{number} word{index}" for index in range(num_words))
 
 
-def ask(port: int, number: int) -> Measured:
-    """A short prompt or a long one, streamed; each token is an event, as it has logprobs."""
+def ask(port: int, number: int) -> Measured | None:
+    """A short prompt or a long one, streamed; each token is an event, as it has logprobs. None: see read_stream"""
     body = {
         "model": "relevo-demo",
         "prompt": prompt(number, 6 if number % 3 else 90),
@@ -88,18 +82,25 @@ def ask(port: int, number: int) -> Measured:
         return read_stream(client, sent_at)
 
 
-def read_stream(client: socket.socket, sent_at: float) -> Measured:
+def read_stream(client: socket.socket, sent_at: float) -> Measured | None:
+    """None if one of the first two events was read together with another: the kernel says when the last came."""
     received = b""
     event_times: list[float] = []
+    together = 0
     while b"data: [DONE]" not in received:
         data, control, _, _ = client.recvmsg(1 << 16, 256)
         assert data, received
         received += data
-        event_times += [arrival(control)] * (received.count(b"data: ") - len(event_times))
+        num_new = received.count(b"data: ") - len(event_times)
+        if num_new > 1 and len(event_times) < 2:
+            together += 1
+        event_times += [arrival(control)] * num_new
+    if together:
+        return None
     last = received.split(b"data: ")[-2]
     timings = orjson.loads(last[: last.index(b"\n\n")])["relevo_timings"]
     first_at, second_at = event_times[:2]
-    return Measured(sent_at, second_at, 1e3 * (first_at - sent_at), 1e3 * (second_at - first_at), timings)
+    return Measured(1e3 * (first_at - sent_at), 1e3 * (second_at - first_at), timings)
 
 
 def arrival(control: list[tuple[int, int, bytes]]) -> float:
@@ -115,75 +116,36 @@ def off(measured: float, parts: float) -> bool:
     return abs(measured - parts) > max(TOLERANCE_MS, TOLERANCE * measured)
 
 
-class Stalls:
-    """When this machine let nobody run: a thread that only sleeps, and woke up late. Others work on these cores, and a
-    container's share of time may be used up: then neither client nor router sees what happens.
-    """
-
-    def __init__(self) -> None:
-        self._found: list[tuple[float, float]] = []
-        self._ends = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> Stalls:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ends.set()
-        self._thread.join()
-
-    def within(self, began_at: float, ended_at: float) -> bool:
-        return any(low < ended_at and began_at < high for low, high in self._found)
-
-    def _watch(self) -> None:
-        before = time.time()
-        while not self._ends.is_set():
-            time.sleep(0.0005)
-            now = time.time()
-            if now - before > STALL_SECONDS:
-                self._found.append((before, now))
-            before = now
-
-
 def test_parts_add_up_to_what_the_client_measures(serve: Serve) -> None:
-    """Of every one of 200 requests under load, split ones and direct ones, that the machine did not stall in."""
+    """Of 200 requests under load, split ones and direct ones."""
     measured: list[Measured] = []
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    with Stalls() as stalls, ThreadPoolExecutor(NUM_CLIENTS) as pool:
-        number = 1000
-        while len(measured) < NUM_REQUESTS and time.monotonic() < deadline:
-            asked = list(pool.map(lambda each: ask(serve.port, each), range(number, number + 5 * NUM_CLIENTS)))
-            measured += [each for each in asked if not stalls.within(each.sent_at, each.second_at)]
-            number += 5 * NUM_CLIENTS
+    with ThreadPoolExecutor(NUM_CLIENTS) as pool:
+        for number in range(1000, 1000 + MAX_REQUESTS, 5 * NUM_CLIENTS):
+            if len(measured) >= NUM_REQUESTS:
+                break
+            asked = pool.map(lambda each: ask(serve.port, each), range(number, number + 5 * NUM_CLIENTS))
+            measured += [each for each in asked if each is not None]
+    assert len(measured) >= NUM_REQUESTS, "the client is too slow to tell tokens apart"
     wrong = []
     for each in measured:
         ttft = sum(each.timings[part] for part in TTFT_PARTS)
+        gap = sum(each.timings[part] for part in GAP_PARTS)
         assert ttft == pytest.approx(each.timings["ttft"], abs=0.02)
+        assert gap == pytest.approx(each.timings["second_token"], abs=0.02)
         assert each.timings["prefill"] > 0
         assert each.timings["total"] >= each.timings["ttft"]
-        gap = None
-        if "second_token" in each.timings:  # else it came with the first, in one event
-            gap = sum(each.timings[part] for part in GAP_PARTS)
-            assert gap == pytest.approx(each.timings["second_token"], abs=0.02)
-        if off(each.ttft, ttft) or (gap is not None and off(each.second_token, gap)):
+        if off(each.ttft, ttft) or off(each.second_token, gap):
             wrong.append((each.ttft, ttft, each.second_token, gap))
-    splits = [each for each in measured if each.timings.get("transfer_tail", 0.0) > 0]
-    shown = f"{len(wrong)} of {len(measured)} don't add up: client, parts, of both gaps, ms: {wrong[:5]}"
-    busy = os.getloadavg()[0] > 2 * (os.cpu_count() or 1)
-    if len(measured) < NUM_REQUESTS and busy:
-        pytest.skip(f"too much else runs here: {shown}")
-    # A process that the machine lets wait between two looks at its clock cannot know it. Alone, one in 200 is off; this
-    # test has others beside it.
-    assert len(wrong) <= (0.1 if busy else 0.05) * len(measured), shown
-    assert len(measured) >= NUM_REQUESTS / 2, f"the machine stalls: {number - 1000} were asked for"
+    splits = [each for each in measured if each.timings["transfer_tail"] > 0]
     assert 0 < len(splits) < len(measured), "not both kinds were served"
+    # A router that the machine stops between its look at the clock and its write can't know it: 2 in 1,000, measured.
+    assert len(wrong) <= 3, f"of {len(measured)} don't add up: client, parts, of both gaps, ms: {wrong[:5]}"
 
 
 def test_parts_name_what_took_the_time(serve: Serve) -> None:
     """Not just a remainder: under load of four clients most of the time is computing and waiting for it."""
     with ThreadPoolExecutor(NUM_CLIENTS) as pool:
-        measured = list(pool.map(lambda number: ask(serve.port, number), range(60)))
+        measured = [each for each in pool.map(lambda number: ask(serve.port, number), range(60)) if each is not None]
     total = sum(each.timings["ttft"] for each in measured)
     relay = sum(each.timings["relay"] for each in measured)
     assert relay < total / 2

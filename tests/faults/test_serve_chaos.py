@@ -75,6 +75,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         folder = tmp_path_factory.mktemp("runtime")
         patch.setenv("XDG_RUNTIME_DIR", str(folder))
         patch.setenv("RELEVO_ARENA_DIR", str(folder))
+        patch.setenv("RELEVO_ABSENT_SECONDS", str(BACK_SECONDS))
         serve = Serve("--chaos", "--decode", "2", *SMALL)
         stack = Stack(serve, {})
         try:
@@ -114,6 +115,14 @@ def test_killed_process_is_started_again_and_serves(stack: Stack, name: str) -> 
     stack.until_back()
     until(lambda: is_served(stack))
     stack.assert_right(f"after {name}")
+
+
+def test_who_asks_when_no_decode_worker_is_left_waits_for_one(stack: Stack) -> None:
+    stack.until_back()
+    for name in ("decode-0", "decode-1"):
+        stack.chaos("kill", name)
+    stack.assert_right("no decode worker")
+    stack.until_back()
 
 
 def is_served(stack: Stack) -> bool:

@@ -19,6 +19,7 @@ from relevo.grammar.matcher import GrammarMatcher, start_matching
 from relevo.grammar.patterns import with_exact_patterns
 from relevo.model_files import generation_defaults, resolve_model
 from relevo.tokenizer import Tokenizer
+from tests.support.schemas import random_schema
 
 FILES = resolve_model(None)
 EOS = generation_defaults(FILES).eos_token_ids
@@ -164,6 +165,20 @@ def test_a_large_one_is_refused_and_another_compiles_meanwhile() -> None:
     assert small.result(timeout=10) and not large.done()
     with pytest.raises(InvalidRequest, match="too large: compiling takes"):
         large.result(timeout=30)
+
+
+def test_one_that_only_checks_judges_as_one_that_serves() -> None:
+    """And gives the same first mask, only later."""
+    checker = GrammarCompiler(lambda: TOKENIZER, EOS, vocab_size=VOCAB, checks_only=True)
+    described = [StructuredOutputs(json=random_schema(seed)) for seed in range(60)]
+    described += [StructuredOutputs(regex=regex) for regex in ("[a-z]+", "a{2,400}", "(?i:yes|no)", "(", "[^a]*b")]
+    described += [StructuredOutputs(grammar=grammar) for grammar in ("start: /a/", "start: missing", "root ::= [0-9]+")]
+    for outputs in described:
+        checked, served = checker.compile(outputs), COMPILER.compile(outputs)
+        assert (checked.exception(10) is None) == (served.exception(10) is None)
+        if served.exception() is None:
+            masks = [done.result().template.compute_bitmask() for done in (checked, served)]
+            assert masks[0] == masks[1]
 
 
 def test_each_is_compiled_once_and_the_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,14 +57,14 @@ def products() -> None:
     from relevo.kernels import triton
 
     for dtype in DTYPES:
-        x, bias = torch.empty(64, 4096, dtype=dtype), torch.empty(4096, dtype=dtype)
+        x, bias = torch.empty(128, 4096, dtype=dtype), torch.empty(4096, dtype=dtype)
         for rank in (8, 16, 64):
             a, b = torch.empty(2, rank, 4096, dtype=dtype), torch.empty(2, 4096, rank, dtype=dtype)
-            triton.sgmv(x, a, b, torch.zeros(64, dtype=torch.int32), torch.ones(2), x.clone())
+            triton.sgmv(x, a, b, torch.zeros(128, dtype=torch.int32), torch.ones(2), x.clone())
         weight = torch.empty(4096, 4096, dtype=torch.int8)
         biased = triton.prepare_linear([weight], [bias], [torch.ones(4096)])
         plain = triton.prepare_linear([weight], [None], [torch.ones(4096)])
-        for rows in (1, 16, 64):
+        for rows in (1, 16, 64, 128):
             biased(x[:rows])
             plain(x[:rows])
 

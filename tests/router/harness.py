@@ -10,9 +10,10 @@ from relevo.core.block_hash import BlockHash, hash_blocks, root_hash
 from services.common.discovery import StaticDiscovery
 from services.pb import messages_pb2
 from services.router.connection import WorkerConnection
-from services.router.dispatch import FleetDispatcher, RoutedGeneration
+from services.router.dispatch import FleetDispatcher
 from services.router.fleet import Fleet
 from services.router.generation import EndEvent
+from services.router.routed import RoutedGeneration
 from tests.support.fake_sessions import Journal
 from tests.support.fake_workers import FINGERPRINT, FakeDecode, FakePrefill, FakeWorker
 

@@ -114,7 +114,7 @@ async def test_client_that_leaves_while_its_request_waits_for_a_worker_ends_it()
 
 
 async def test_worker_that_never_comes_back_is_waited_for_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.router.dispatch.MIGRATION_SECONDS", 0.2)
+    monkeypatch.setattr("services.router.routed.MIGRATION_SECONDS", 0.2)
     async with running("decode-0") as harness:
         die_once(harness, "token-2")
         seen: list[int] = []

@@ -33,7 +33,7 @@ def split_request() -> Timeline:
                 stage("prefill.chunk", 22, 8),
             ],
             sent_ms=31,
-        )
+        ).SerializeToString()
     )
     timeline.first_at = 100.053
     decode.told.append(
@@ -46,7 +46,7 @@ def split_request() -> Timeline:
                 stage("decode.step", 52, 5),
             ],
             sent_ms=57,
-        )
+        ).SerializeToString()
     )
     timeline.second_at = 100.070
     timeline.ended_at = 100.080

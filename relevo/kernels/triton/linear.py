@@ -90,7 +90,7 @@ class Int8Linear:
 
     def _multiply(self, x: Tensor, out: Tensor) -> None:
         rows, few = len(x), len(x) <= FEW_ROWS
-        at_once, columns, features, warps = (FEW_ROWS, 32, 256, 4) if few else (64, 128, 64, 8)
+        at_once, columns, features, warps = (FEW_ROWS, 32, 256, 4) if few else (64 if rows <= 64 else 128, 128, 64, 8)
         if x.dtype == torch.float32:
             at_once, columns, features = min(at_once, 32), 32, 64
         tiles = triton.cdiv(self.out_features, columns)

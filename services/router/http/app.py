@@ -16,7 +16,6 @@ from starlette.types import ASGIApp
 from typing_extensions import TypedDict
 
 from relevo.core.errors import NotFound, RelevoError, Unavailable
-from relevo.grammar.compiler import GrammarCompiler
 from relevo.model_files import GenerationDefaults
 from relevo.tokenizer import Tokenizer
 from services.common.telemetry import render_metrics
@@ -24,6 +23,7 @@ from services.router.admission import Admission
 from services.router.generation import Dispatcher
 from services.router.http.body import body_route
 from services.router.http.chat import ChatReply, create_chat_completion, render_chat
+from services.router.http.choices import check_prompt
 from services.router.http.completions import CompletionReply, create_completion
 from services.router.http.errors import ErrorReply, JsonResponse, handle_http_exception, handle_relevo_error
 from services.router.http.exchange import Exchange, ExchangeLayer, handle_bug
@@ -33,8 +33,8 @@ from services.router.http.live import LiveView
 from services.router.http.live_routes import live_routes, ui_routes
 from services.router.http.metrics import EdgeMetrics
 from services.router.http.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from services.router.http.serving import EdgeConfig, Serving, check_prompt, run_long
-from services.router.http.structure import MAX_PENDING_GRAMMARS, StructureChecker
+from services.router.http.serving import EdgeConfig, Serving, run_long
+from services.router.http.structure import StructureChecker
 from services.router.tracing import Tracer
 
 __all__ = ["EdgeConfig", "create_app"]
@@ -87,10 +87,8 @@ def create_app(
     """
     metrics = EdgeMetrics(CollectorRegistry() if registry is None else registry)
     admission = Admission(dispatcher, config.admission, metrics.registry)
-    grammars = GrammarCompiler(lambda: tokenizer, defaults.eos_token_ids, max_pending=MAX_PENDING_GRAMMARS)
-    if tokenizer is not None:
-        grammars.prepare()
-    serving = Serving(config, tokenizer, defaults, dispatcher, admission, metrics, StructureChecker(grammars))
+    structure = StructureChecker(tokenizer, defaults.eos_token_ids)
+    serving = Serving(config, tokenizer, defaults, dispatcher, admission, metrics, structure)
     live = live or LiveView()
     live.attach(serving)
     api = FastAPI(

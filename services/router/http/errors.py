@@ -11,7 +11,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 from typing_extensions import TypedDict
 
-from relevo.core.errors import Exhausted, InvalidRequest, NotFound, PayloadTooLarge, RelevoError, Unauthenticated
+from relevo.core.errors import (
+    Exhausted,
+    InvalidRequest,
+    NotFound,
+    PayloadTooLarge,
+    RelevoError,
+    Unauthenticated,
+    Unavailable,
+)
+
+RETRY_UNAVAILABLE_SECONDS = 5  # about what a worker takes to start
 
 
 class ErrorDetail(TypedDict):
@@ -89,6 +99,8 @@ def error_response(error: RelevoError) -> JsonResponse:
     headers = {}
     if isinstance(error, Exhausted):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_seconds)))
+    if isinstance(error, Unavailable):
+        headers["retry-after"] = str(RETRY_UNAVAILABLE_SECONDS)
     if isinstance(error, Unauthenticated):
         headers["www-authenticate"] = "Bearer"
     return JsonResponse(error_reply(error), status_code=error.http_status, headers=headers)

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from relevo.core.errors import InvalidRequest, RelevoError, Unauthenticated
 from services.common.telemetry import trace_id
-from services.router.admission import Standing
+from services.router.admitted import Standing
 from services.router.http.errors import error_response, internal_error
 from services.router.http.keys import ApiKey, KeyRing
 from services.router.http.limits import Limiter, LocalLimiter, Permit
@@ -165,6 +165,7 @@ class ExchangeLayer:
             _log(exchange, endpoint)
             if self._tracer is not None and exchange.trace is not None:
                 self._tracer.ended(exchange.trace, endpoint, exchange.arrived, exchange.outcome, exchange.timelines)
+            del scope[_SCOPE_KEY]  # it has uvicorn's `send`, which has the scope: garbage that only gc would find
 
     def _trace(self, scope: Scope) -> TraceContext | None:
         header = _header(scope, b"traceparent")

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeVar
 
-from relevo.core.errors import DeadlineExceeded, InvalidRequest, Unavailable
-from relevo.core.sampling_params import SamplingParams, choice_seed
-from relevo.detokenizer import Detokenizer
+from relevo.core.errors import InvalidRequest, Unavailable
+from relevo.core.sampling_params import SamplingParams
 from relevo.model_files import GenerationDefaults
-from relevo.prompts import resolve_bad_words, truncate_prompt
+from relevo.prompts import truncate_prompt
 from relevo.tokenizer import Tokenizer
-from services.pb import messages_pb2
 from services.router.admission import Admission, AdmissionLimits
-from services.router.generation import Dispatcher, Generation, ServedModel
+from services.router.generation import Dispatcher, ServedModel
 from services.router.http.answer import Payloads
-from services.router.http.beams import BeamGeneration, BeamSearchResult
-from services.router.http.choice import Choice
+from services.router.http.choices import make_choices
 from services.router.http.errors import ContextLengthExceeded, ModelNotFound
 from services.router.http.exchange import Exchange
 from services.router.http.explain import AnswerIds
 from services.router.http.keys import KeyRing
 from services.router.http.metrics import EdgeMetrics
-from services.router.http.prompt_logprobs import SharedPromptLogprobs
 from services.router.http.protocol import SamplingBody
-from services.router.http.sampling import TokenLimit, check_token_ids, draw_seed, sampling_to_proto
+from services.router.http.sampling import TokenLimit
 from services.router.http.stream import EventWriter, GenerationResponse, WholeWriter
 from services.router.http.structure import StructureChecker
-from services.router.timeline import Timeline
 
 _LONG_TEXT_CHARS = 16_384  # takes some 5 ms to tokenize: from here on the event loop does not wait for it
 
@@ -136,7 +131,7 @@ class Serving:
         payloads: Payloads,
     ) -> GenerationResponse:
         """The response that will run all choices. Raises InvalidRequest and its like; nothing was started then."""
-        choices = self._choices(exchange, answer_id, prompts, body, sampling, limit)
+        choices = make_choices(self, exchange, answer_id, prompts, body, sampling, limit)
         exchange.timelines = [choice.timeline for choice in choices]
         self.answer_ids.remember(exchange.request_id, answer_id)
         writer = (
@@ -146,109 +141,6 @@ class Serving:
         )
         lengths = [len(prompt.token_ids) for prompt in prompts]
         return GenerationResponse(exchange, choices, lengths, writer, self.metrics)
-
-    def _choices(
-        self,
-        exchange: Exchange,
-        answer_id: str,
-        prompts: Sequence[Prompt],
-        body: SamplingBody,
-        sampling: SamplingParams,
-        limit: TokenLimit,
-    ) -> list[Choice]:
-        model = self.model()
-        check_token_ids(sampling, model)
-        if body.num_choices > body.n and sampling.logprobs is None:
-            sampling = replace(sampling, logprobs=0)  # by which the likeliest are found
-        sampling = resolve_bad_words(sampling, self.tokenizer)
-        timeout_ms = exchange.remaining_ms()
-        if timeout_ms < 0:
-            raise DeadlineExceeded("the time was over before the request was read")
-        stop_token_ids = frozenset(sampling.stop_token_ids)
-        if not sampling.ignore_eos:
-            stop_token_ids |= frozenset(self.defaults.eos_token_ids)
-        standing = exchange.standing(body.priority)
-        traceparent = exchange.trace.traceparent(is_sampled=exchange.trace.is_asked) if exchange.trace else ""
-        planned: list[tuple[int, messages_pb2.GenerationRequest]] = []  # with its prompt's index
-        for prompt_index, prompt in enumerate(prompts):
-            check_prompt(prompt.token_ids, model, limit.prompt_param)
-            max_tokens = limit.resolve(len(prompt.token_ids), model.max_model_len)
-            seed = draw_seed() if sampling.seed is None else sampling.seed
-            for nth in range(1 if body.use_beam_search else body.num_choices):
-                # A prompt's logprobs take computing all of it: once.
-                own = sampling if nth == 0 else replace(sampling, prompt_logprobs=None)
-                request = messages_pb2.GenerationRequest(
-                    request_id=f"{answer_id}-{len(planned)}",
-                    prompt_token_ids=prompt.token_ids,
-                    sampling=sampling_to_proto(own, max_tokens=max_tokens, seed=choice_seed(seed, nth)),
-                    cache_salt=exchange.key_salt + body.cache_salt,
-                    timeout_ms=timeout_ms,
-                    priority=body.priority,
-                    traceparent=traceparent,
-                )
-                planned.append((prompt_index, request))
-        shared = [SharedPromptLogprobs() if sampling.prompt_logprobs is not None else None for _ in prompts]
-        generations: list[tuple[int, Generation]] = []  # likewise
-        for prompt_index, request in planned:
-            timeline = _timeline(exchange, self.model_name(body.model), request)
-            generation = self.admission.generate(request, standing, timeline)
-            if body.use_beam_search:
-                result = BeamSearchResult(generation)
-                generations += [(prompt_index, BeamGeneration(result, nth)) for nth in range(body.n)]
-            else:
-                generations.append((prompt_index, generation))
-        per_prompt = len(generations) // len(prompts)
-        return [
-            Choice(
-                index,
-                prompt_index,
-                generation,
-                Detokenizer(
-                    self.tokenizer,
-                    prompts[prompt_index].token_ids,
-                    stop=sampling.stop,
-                    include_stop=sampling.include_stop_str_in_output,
-                    skip_special_tokens=sampling.skip_special_tokens,
-                    min_tokens=sampling.min_tokens,
-                ),
-                stop_token_ids,
-                include_stop=sampling.include_stop_str_in_output,
-                prompt_logprobs=shared[prompt_index],
-                is_first_of_prompt=index % per_prompt == 0,
-                prompt_alone=limit.prompt_alone,
-            )
-            for index, (prompt_index, generation) in enumerate(generations)
-        ]
-
-
-def _timeline(exchange: Exchange, model: str, request: messages_pb2.GenerationRequest) -> Timeline:
-    """Of a choice whose prompt has just been tokenized."""
-    timeline = Timeline(exchange.arrived - exchange.waited_seconds)
-    if exchange.waited_seconds:
-        timeline.mark("arrive", timeline.arrived, exchange.arrived)
-    if exchange.received is not None:
-        timeline.mark("receive", exchange.arrived, exchange.received)
-        timeline.mark("tokenize", exchange.received, tokens=len(request.prompt_token_ids))
-    timeline.attributes = {
-        "relevo.request.id": exchange.request_id,
-        "gen_ai.operation.name": "chat" if request.request_id.startswith("chatcmpl") else "text_completion",
-        "gen_ai.provider.name": "relevo",
-        "gen_ai.request.model": model,
-        "gen_ai.request.max_tokens": request.sampling.max_tokens,
-        "gen_ai.request.temperature": request.sampling.temperature,
-        "gen_ai.request.top_p": request.sampling.top_p,
-        "gen_ai.response.id": request.request_id,
-        "gen_ai.usage.input_tokens": len(request.prompt_token_ids),
-    }
-    return timeline
-
-
-def check_prompt(token_ids: Sequence[int], model: ServedModel, param: str) -> None:
-    if not token_ids:
-        raise InvalidRequest(f"{param} must not be empty: it has no tokens", param)
-    for token_id in (min(token_ids), max(token_ids)):
-        if not 0 <= token_id < model.vocab_size:
-            raise InvalidRequest(f"{param} has token id {token_id}; ids are from 0 to {model.vocab_size - 1}", param)
 
 
 async def run_long(num_chars: int, work: Callable[[], _Result]) -> _Result:

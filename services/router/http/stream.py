@@ -93,8 +93,6 @@ class GenerationResponse(Response):
                 if delta.num_tokens:
                     self._times.tokens(choice.index, delta.num_tokens)
                 await self._writer.write(choice, delta, send)
-                if choice.timeline.second_at is None and delta.num_tokens:
-                    choice.timeline.written()
                 finish_reason = delta.finish_reason
             self._metrics.finished.labels(finish_reason).inc()
             choice.timeline.end()
@@ -131,8 +129,11 @@ class EventWriter:
         async with self._turn:
             if not self._exchange.started:
                 await send(_head(*_EVENT_HEADERS))
-            if chunks:
-                await self._exchange.send(_body(_events(chunks)))
+            body = _body(_events(chunks)) if chunks else None
+            if delta.num_tokens:
+                choice.timeline.written()  # not after the write: it may wake the client, and the client take this core
+            if body:
+                await self._exchange.send(body)
 
     async def finish(self, usage: Usage, send: Send, timings: Mapping[str, float] | None) -> None:
         last = b""
@@ -155,6 +156,8 @@ class WholeWriter:
         self._answers = {choice.index: Answer(choice) for choice in choices}
 
     async def write(self, choice: Choice, delta: Delta, send: Send) -> None:
+        if delta.num_tokens:
+            choice.timeline.written()
         self._answers[choice.index].add(delta)
 
     async def finish(self, usage: Usage, send: Send, timings: Mapping[str, float] | None) -> None:

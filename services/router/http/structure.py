@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Literal, Protocol
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
 from relevo.core.errors import Exhausted, InvalidRequest
-from relevo.core.structured_outputs import StructuredOutputs
-from relevo.grammar.compiler import COMPILE_SECONDS, GrammarCompiler
+from relevo.core.structured_outputs import COMPILE_SECONDS, StructuredOutputs
+from relevo.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from relevo.grammar.compiler import GrammarCompiler
 
 MAX_PENDING_GRAMMARS = 64  # that wait to be compiled; beyond it a request is refused with 429
+# Reading a vocabulary holds the interpreter for some 1 µs a token: of a larger one at the start, where nobody notices.
+MAX_TOKENS_READ_LATER = 16_384
 
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -74,17 +81,28 @@ def wanted_structure(body: StructuredBody) -> StructuredOutputs | None:
 
 
 class StructureChecker:
-    """Compiles before a request goes anywhere, so that what nothing fits is refused at the door."""
+    """Compiles before a request goes anywhere, so that what nothing fits is refused at the door.
 
-    def __init__(self, compiler: GrammarCompiler) -> None:
-        self._compiler = compiler
+    The compiler and its form of the vocabulary are loaded for the first that needs them: 6 MB and more.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, eos_token_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._eos_token_ids = eos_token_ids
+        self._loading = threading.Lock()
+        self._compiler: GrammarCompiler | None = None
+        if tokenizer is not None and tokenizer.vocab_size > MAX_TOKENS_READ_LATER:
+            self._load()
 
     async def check(self, outputs: StructuredOutputs | None, body: StructuredBody) -> None:
         """Raises InvalidRequest with the reason, or Exhausted, within COMPILE_SECONDS."""
         if outputs is None:
             return
         param = "structured_outputs" if body.structured_outputs is not None else "response_format"
-        compiling = self._compiler.compile(outputs)
+        compiler = self._compiler
+        if compiler is None:
+            compiler = await asyncio.to_thread(self._load)
+        compiling = compiler.compile(outputs)
         if not compiling.done():
             done = asyncio.wrap_future(compiling)
             await asyncio.wait([done], timeout=COMPILE_SECONDS)
@@ -99,6 +117,23 @@ class StructureChecker:
             raise InvalidRequest(f"{param} is too large: it takes over {COMPILE_SECONDS:g} s to compile", param)
         else:
             raise Exhausted("too many grammars are waiting to be compiled", COMPILE_SECONDS)
+
+    def _load(self) -> GrammarCompiler:
+        with self._loading:
+            if self._compiler is not None:
+                return self._compiler
+            from relevo.grammar.compiler import GrammarCompiler
+
+            compiler = GrammarCompiler(
+                lambda: self._tokenizer,
+                self._eos_token_ids,
+                max_pending=MAX_PENDING_GRAMMARS,
+                checks_only=True,
+            )
+            if self._tokenizer is not None:
+                compiler.prepare()
+            self._compiler = compiler
+            return compiler
 
 
 def _from_structured_outputs(given: StructuredOutputsBody) -> StructuredOutputs:

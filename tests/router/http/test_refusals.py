@@ -298,7 +298,7 @@ async def test_a_failure_before_the_first_token_has_its_status(
         with pytest.raises(error_class) as caught:
             await client.completions.create(model=NAME, prompt=["a", "b"], stream=stream, n=2)
     error_of(caught.value.response, status, getattr(failure, "param", None))
-    assert caught.value.response.headers.get("retry-after") == ("3" if status == 429 else None)
+    assert caught.value.response.headers.get("retry-after") == {429: "3", 503: "5"}.get(status)
     begun = [generation for generation in edge.dispatcher.generations if generation.has_begun.is_set()]
     assert begun
     assert all(generation.closed.is_set() for generation in begun)
