@@ -66,7 +66,10 @@ def _check(
     batch = make_batch(TINY if tiny else lens, dtype=dtype, cache_dtype=cache_dtype, device=device, **sizes)
     scales: dict[str, Tensor] = {}
     if cache_dtype == FP8:
-        scales = {"k_scale": torch.tensor([0.5, 2.0], device=device), "v_scale": torch.tensor([0.75, 1.5], device=device)}
+        scales = {
+            "k_scale": torch.tensor([0.5, 2.0], device=device),
+            "v_scale": torch.tensor([0.75, 1.5], device=device),
+        }
     if sinks:
         options["sinks"] = torch.randn(sizes["heads"], device=device)
     _store(kernels, batch, scales)

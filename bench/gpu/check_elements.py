@@ -60,9 +60,7 @@ def _rotary(dtype: torch.dtype, kernels: Kernels, device: torch.device, tiny: bo
         require_equal(batch.v_cache[blocks, offsets], batch.values, "values")
 
 
-def _activation(
-    activation: Activation, dtype: torch.dtype, kernels: Kernels, device: torch.device, tiny: bool
-) -> None:
+def _activation(activation: Activation, dtype: torch.dtype, kernels: Kernels, device: torch.device, tiny: bool) -> None:
     for rows, features in ((3, 33),) if tiny else ((1, 1), (3, 33), (257, 14336)):
         x = torch.randn(rows, 2 * features, device=device).to(dtype)
         poisoned((rows, features), dtype, device)

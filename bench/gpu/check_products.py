@@ -46,7 +46,9 @@ def _sgmv(dtype: torch.dtype, kernels: Kernels, device: torch.device, tiny: bool
 
 
 def _int8(dtype: torch.dtype, kernels: Kernels, device: torch.device, tiny: bool) -> None:
-    for rows, n, k in ((3, 47, 200), (17, 33, 65)) if tiny else ((1, 1, 1), (1, 4096, 4096), (17, 33, 65), (300, 520, 1100)):
+    for rows, n, k in (
+        ((3, 47, 200), (17, 33, 65)) if tiny else ((1, 1, 1), (1, 4096, 4096), (17, 33, 65), (300, 520, 1100))
+    ):
         weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
         scale, bias = torch.rand(n, device=device) / 100, torch.randn(n, device=device).to(dtype)
         x = torch.randn(rows, k, device=device).to(dtype)

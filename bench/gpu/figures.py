@@ -50,17 +50,19 @@ def decode_figures(shape: str) -> tuple[Figure, ...]:
 def prefill_figures(shape: str) -> tuple[Figure, ...]:
     targets = {16: (0.55, 0.70)} if shape == LLAMA else {}
     return tuple(
-        Figure(f"{shape}/prefill_{n}k", f"{shape}: prefill {n}k", "tok/s", MATRIX, "higher", *targets.get(n, (None,) * 2))
+        Figure(
+            f"{shape}/prefill_{n}k", f"{shape}: prefill {n}k", "tok/s", MATRIX, "higher", *targets.get(n, (None,) * 2)
+        )
         for n in PREFILLS
     )
 
 
 THROUGHPUT = (Figure("throughput", f"{LLAMA}: 256 requests, 512 in / 256 out", "tok/s"),)
 GENERATE = (
-    Figure("generate", "transformers generate, one by one", "tok/s", "× slower", "higher", 24.0, 60.0),
+    Figure("generate", "transformers generate, one by one", "tok/s", "× slower than Relevo", "higher", 24.0, 60.0),
 )
 CONTINUOUS = (
-    Figure("continuous", "transformers continuous batching", "tok/s", "× slower", "higher", 3.0, 6.0),
+    Figure("continuous", "transformers continuous batching", "tok/s", "× slower than Relevo", "higher", 3.0, 6.0),
 )
 HANDOVER = (Figure("handover_tail", f"{LLAMA}: hand-over tail, 16k", "ms", "of TTFT", "lower", 0.05, 0.02),)
 

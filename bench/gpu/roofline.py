@@ -19,7 +19,6 @@ def measure_device(bench: Bench) -> None:
     target = torch.empty_like(source)
     bench.copy_bandwidth = 2 * num_bytes / seconds_of(lambda: target.copy_(source), bench.device, 10)
     bench.add("copy", bench.copy_bandwidth / 1e9)
-    del source, target
     # Random: products of zeros draw less power, and run at a higher clock than any model does.
     a, b = (torch.randn(size, size, device=bench.device).to(torch.bfloat16) for _ in range(2))
     bench.matrix_rate = 2 * size**3 / seconds_of(lambda: a @ b, bench.device, 10)
