@@ -44,20 +44,20 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(device, arguments.backend, arguments.tiny, Path(scratch))
 
-        def finish() -> int:
-            return _finish(bench, plan, about, folder, time.monotonic() - started)
+        def end() -> int:
+            return finish(bench, plan, about, folder, time.monotonic() - started)
 
-        hanging = threading.Timer(arguments.seconds + HANGING_SECONDS, lambda: _leave(finish()))
+        hanging = threading.Timer(arguments.seconds + HANGING_SECONDS, lambda: _leave(end()))
         hanging.daemon = True
         hanging.start()
         for part in plan:
             print(f"[{time.monotonic() - started:4.0f} s] {part.name}", file=sys.stderr, flush=True)
             run_part(part, bench, total)
         hanging.cancel()
-        return finish()
+        return end()
 
 
-def _finish(bench: Bench, plan: list[Part], about: dict[str, str], folder: Path, seconds: float) -> int:
+def finish(bench: Bench, plan: list[Part], about: dict[str, str], folder: Path, seconds: float) -> int:
     """Files first, the table last."""
     report: dict[str, Any] = make_report(bench, plan, about, seconds)
     write_json(report, folder / "gpu.json")

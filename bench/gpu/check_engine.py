@@ -54,7 +54,7 @@ def _engine(bench: Bench, path: Path) -> Engine:
             max_num_batched_tokens=32,
             device="cuda" if bench.device.type == "cuda" else "cpu",
             threads=1 if bench.tiny else None,
-            attention_backend=bench.backend,  # type: ignore[arg-type]  (one of them, see __main__)
+            attention_backend=bench.backend,
         )
     )
 

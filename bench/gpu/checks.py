@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ ROOT = Path(__file__).parent.parent.parent
 def check_kernels(bench: Bench) -> None:
     """Of the backend that the engine takes; without a GPU those of Triton too, in its interpreter."""
     kernels = load_backend(bench.backend, bench.device.type)
-    name = kernels.__name__.removeprefix("relevo.kernels.")  # type: ignore[attr-defined]  (backends are modules)
+    module: Any = kernels
+    name = module.__name__.removeprefix("relevo.kernels.")
     for check in run_checks(kernels, name, bench.device, tiny=bench.tiny):
         bench.checks.append(check)
         bench.deadline.check()

@@ -63,7 +63,8 @@ def seconds_of(call: Callable[[], Any], device: torch.device, repeats: int, warm
     if device.type != "cuda":
         return median(_wall_seconds(call) for _ in range(repeats))
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    make_event: Any = torch.cuda.Event
+    events = [(make_event(enable_timing=True), make_event(enable_timing=True)) for _ in range(repeats)]
     for begin, end in events:
         for _ in range(FLUSHES):
             flush.zero_()
@@ -71,7 +72,7 @@ def seconds_of(call: Callable[[], Any], device: torch.device, repeats: int, warm
         call()
         end.record()
     torch.cuda.synchronize(device)
-    return median(begin.elapsed_time(end) / 1e3 for begin, end in events)
+    return median(float(begin.elapsed_time(end)) / 1e3 for begin, end in events)
 
 
 def _wall_seconds(call: Callable[[], Any]) -> float:

@@ -59,7 +59,7 @@ def make_engine(bench: Bench, shape: Shape, kv_tokens: int) -> Engine:
             step_stretch=math.inf,
             device="cuda" if bench.device.type == "cuda" else "cpu",
             threads=1 if bench.tiny else None,
-            attention_backend=bench.backend,  # type: ignore[arg-type]  (one of them, see __main__)
+            attention_backend=bench.backend,
         )
     )
 

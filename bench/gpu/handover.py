@@ -43,16 +43,15 @@ class _Copier:
         self._source, self._target = source.kv_cache, target.kv_cache
         self._device = self._source.storage.device
         on_gpu = self._device.type == "cuda"
-        self._stream = torch.cuda.Stream(self._device) if on_gpu else None
+        cuda: Any = torch.cuda
+        self._stream = cuda.Stream(self._device) if on_gpu else None
         self._buffer = torch.empty(source.info.block_bytes, dtype=torch.uint8, pin_memory=on_gpu).numpy()
         self._thread = ThreadPoolExecutor(1)
         self._copies: list[Any] = []
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """pairs: (block in the source, block in the target); what fills the former has been launched"""
-        event = torch.cuda.Event() if self._stream is not None else None
-        if event is not None:
-            event.record()
+        event = None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
         self._copies.append(self._thread.submit(self._copy, pairs, event))
 
     def wait(self) -> None:
@@ -64,7 +63,7 @@ class _Copier:
 
     def _copy(self, pairs: Sequence[tuple[int, int]], event: Any) -> None:
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
-            if event is not None and self._stream is not None:
+            if self._stream is not None:
                 self._stream.wait_event(event)
             for source, target in pairs:
                 self._source.read_block(source, self._buffer)
@@ -73,17 +72,15 @@ class _Copier:
                 self._stream.synchronize()
 
 
-def hand_over(
-    source: Engine, target: Engine, prompt: Sequence[int], num_tokens: int, deadline: Deadline, salt: str = ""
-) -> HandOver:
-    """Greedy; so many tokens in total, at least 2. The engines have nothing else to do. salt: names blocks apart."""
+def hand_over(source: Engine, target: Engine, prompt: Sequence[int], num_tokens: int, deadline: Deadline) -> HandOver:
+    """Greedy; so many tokens in total, at least 2. The engines have nothing else to do."""
     sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0, seed=0, ignore_eos=True)
     first_only = SamplingParams(max_tokens=1, temperature=0.0, seed=0, ignore_eos=True)
-    target.submit(target.make_request("hand-over", prompt, sampling, cache_salt=salt, await_kv=True))
+    target.submit(target.make_request("hand-over", prompt, sampling, await_kv=True))
     places = target.step().reserved[0].block_ids
     copier = _Copier(source, target)
     try:
-        return _hand_over(source, target, prompt, first_only, places, copier, deadline, salt)
+        return _hand_over(source, target, prompt, first_only, places, copier, deadline)
     finally:
         copier.close()
 
@@ -96,11 +93,10 @@ def _hand_over(
     places: Sequence[int],
     copier: _Copier,
     deadline: Deadline,
-    salt: str,
 ) -> HandOver:
     block_size, copied = source.info.block_size, 0
     started = time.perf_counter()
-    source.submit(source.make_request("hand-over", prompt, sampling, cache_salt=salt, hold_blocks=True))
+    source.submit(source.make_request("hand-over", prompt, sampling, hold_blocks=True))
     tokens: list[int] = []
     while source.has_unfinished_requests:
         deadline.check()

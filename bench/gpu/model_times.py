@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from statistics import median
 
-from bench.gpu.engines import Engine, make_engine, make_prompts, run
+from bench.gpu.engines import make_engine, make_prompts, run
 from bench.gpu.figures import BATCHES, LLAMA, PREFILLS
 from bench.gpu.handover import hand_over
 from bench.gpu.parts import Bench
 from bench.gpu.shapes import Shape, load_shape
+from relevo.engine.engine import Engine
 
 CONTEXT, DECODE_STEPS = 1024, 32
 TINY_CONTEXT, TINY_DECODE_STEPS = 24, 6

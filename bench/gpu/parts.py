@@ -13,6 +13,7 @@ import torch
 
 from bench.gpu.clock import GRACE_SECONDS, Deadline, OutOfTime, interrupted_after
 from bench.gpu.figures import Figure
+from relevo.engine.config import AttentionBackend
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Bench:
     """
 
     device: torch.device
-    backend: str
+    backend: AttentionBackend
     tiny: bool
     folder: Path
     measured: dict[str, Measured] = field(default_factory=dict)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench.gpu.__main__ import finish
 from bench.gpu.clock import Deadline, OutOfTime
 from bench.gpu.figures import BYTES, Figure, is_met
 from bench.gpu.parts import Bench, Check, Part, run_part
@@ -43,7 +44,7 @@ def test_all_of_it_runs_without_a_gpu_and_without_what_services_need(tmp_path: P
     for start in (
         "cpu: attention",
         "triton, interpreted: attention",
-        "greedy tokens equal",
+        "greedy tokens",
         "tokens after a hand-over",
     ):
         assert any(name.startswith(start) for name in names), start
@@ -97,6 +98,12 @@ def test_a_part_that_cannot_go_on_leaves_a_reason(
 def test_what_fails_while_checking_is_a_failed_check(bench: Bench) -> None:
     run_part(Part("checks", 1, fail, is_check=True), bench, Deadline(5))
     assert bench.checks == [Check("checks", False, "ValueError: no such thing")]
+
+
+@pytest.mark.parametrize(("ok", "status"), [(False, 1), (None, 0), (True, 0)])
+def test_a_failed_check_is_the_status(bench: Bench, tmp_path: Path, ok: bool | None, status: int) -> None:
+    bench.checks = [Check("a kernel", ok, "")]
+    assert finish(bench, [], {"device": "a GPU", "date": "today", "backend": "auto"}, tmp_path, 1.0) == status
 
 
 def test_a_loop_that_looks_at_its_deadline_ends() -> None:
