@@ -37,7 +37,7 @@ def packed_tile(rows: int, dims: int, itemsize: int) -> Tile:
     block_m = max(16, triton.next_power_of_2(rows))
     block_n = _power_of_two(STAGE_BYTES // (dims * itemsize), 16, 128 if block_m <= 16 else 64)
     if itemsize == 4:
-        return Tile(block_m, 16, 8, 2)
+        return Tile(block_m, 32 if block_m <= 16 and dims <= 256 else 16, 8, 2)
     return Tile(block_m, block_n, 8 if dims > 512 else 4, PIPELINED)
 
 

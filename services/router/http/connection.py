@@ -138,8 +138,9 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        # Write at once what is given to it: uvloop would keep a token until all others of this turn are made, too.
-        transport.set_write_buffer_limits(high=0)
+        if transport.get_extra_info("sslcontext") is None:  # uvloop's TLS never ends a write under such a limit
+            # Write at once what is given to it: else uvloop keeps a token until all others of this turn are made, too.
+            transport.set_write_buffer_limits(high=0)
         self._read_deadline = self.loop.time() + self.limits.head_seconds
         if len(self.connections) > self.limits.max_connections:
             self._refuse("too_many", Unavailable("the server has as many connections as it may have"))
