@@ -9,22 +9,19 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import cast
-
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from typing import TYPE_CHECKING, cast
 
 from relevo.core.errors import Exhausted, InvalidRequest
 from relevo.core.structured_outputs import COMPILE_SECONDS, Source, StructuredOutputs
 from relevo.grammar.source import llguidance_source
 from relevo.tokenizer import Tokenizer
 
+if TYPE_CHECKING:  # imported with the first grammar: an engine that has none runs without llguidance
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
 MAX_CACHED = 128  # a megabyte each at the very most
 NUM_THREADS = 2  # one that compiles for seconds keeps nobody else waiting
 
-# What bounds compiling, and each mask after it (llguidance's fuel: some 15 ms of the lexer, 3 ms of the parser).
-_LIMITS = LLParserLimits(
-    max_grammar_size=200_000, max_lexer_states=20_000, initial_lexer_fuel=1_000_000, verbose_errors=False
-)
 _MAX_MESSAGE = 400
 
 
@@ -109,10 +106,12 @@ class GrammarCompiler:
             self._num_pending -= 1
 
     def _compile(self, outputs: StructuredOutputs) -> CompiledGrammar:
+        from llguidance import LLMatcher
+
         vocabulary = self._load_vocabulary()
         started = time.thread_time()
         try:
-            matcher = LLMatcher(vocabulary.tokenizer, llguidance_source(outputs), limits=_LIMITS, log_level=0)
+            matcher = LLMatcher(vocabulary.tokenizer, llguidance_source(outputs), limits=_limits(), log_level=0)
         except ValueError as error:  # also text that is no Unicode
             raise _invalid(str(error)) from error
         if not matcher.is_error():
@@ -148,6 +147,8 @@ def make_vocabulary(
 
     Raises InvalidRequest if the model has no token that ends a text.
     """
+    from llguidance import LLTokenizer
+
     size = tokenizer.vocab_size if vocab_size is None else vocab_size
     ends = tuple(token_id for token_id in eos_token_ids if token_id < size)
     if not ends:
@@ -156,6 +157,15 @@ def make_vocabulary(
     its_tokenizer = LLTokenizer(cast(str, words), n_vocab=size, eos_token=list(ends), slices=slices)
     words.tokens.clear()  # they have been read, but `words` itself is kept
     return Vocabulary(its_tokenizer, ends)
+
+
+def _limits() -> LLParserLimits:
+    """What bounds compiling, and each mask after it (its fuel: some 15 ms of the lexer, 3 ms of the parser)."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(
+        max_grammar_size=200_000, max_lexer_states=20_000, initial_lexer_fuel=1_000_000, verbose_errors=False
+    )
 
 
 class _Words:

@@ -6,12 +6,14 @@ import ctypes
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-
-from llguidance import LLMatcher
+from typing import TYPE_CHECKING
 
 from relevo.core.errors import InvalidRequest, RelevoError
 from relevo.core.structured_outputs import StructuredOutputs
 from relevo.grammar.compiler import CompiledGrammar, GrammarCompiler
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 
 class GrammarMatcher:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from llguidance import LLMatcher
-from llguidance.gbnf_to_lark import any_to_lark
-
 from relevo.core.structured_outputs import StructuredOutputs
 from relevo.grammar.patterns import with_exact_patterns
 
@@ -38,6 +35,8 @@ def _grammars(outputs: StructuredOutputs) -> list[dict[str, Any]]:
         body = {"lark_grammar": f"start: {alternatives}"}
     elif kind == "regex":
         assert isinstance(source, str)
+        from llguidance import LLMatcher
+
         body = json.loads(LLMatcher.grammar_from_regex(source))["grammars"][0]
     else:
         assert isinstance(source, str)
@@ -63,6 +62,8 @@ def _schema(text: str, *, is_compact: bool) -> dict[str, Any] | bool:
 
 def _lark(text: str) -> str:
     """Lark as it is, GBNF translated."""
+    from llguidance.gbnf_to_lark import any_to_lark
+
     try:
         lark: str = any_to_lark(text)
     except RecursionError:

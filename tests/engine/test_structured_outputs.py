@@ -140,7 +140,8 @@ def moved(
 def test_what_cannot_be_compiled_or_goes_too_far_ends_alone(demo: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidRequest, match="minimum"):
         ask(demo, StructuredOutputs(json={"type": "integer", "minimum": 5, "maximum": 3}), count=1)
-    monkeypatch.setattr(compiler, "_LIMITS", LLParserLimits(max_lexer_states=40, verbose_errors=False))
+    limits = LLParserLimits(max_lexer_states=40, verbose_errors=False)
+    monkeypatch.setattr(compiler, "_limits", lambda: limits)
     with pytest.raises(InvalidRequest, match=r"after \d+ tokens"):
         ask(demo, StructuredOutputs(regex="([a-z]{3}[0-9]{2}){9}"), count=1)
     assert texts(ask(demo, StructuredOutputs(choice=["still here"]), count=2)) == ["still here"] * 2
