@@ -20,7 +20,7 @@ from relevo.engine.spec_decode.stats import SpecDecodeStats, StatsCounter
 STEPS_A_PLAN = 8  # planning takes a good part of a millisecond; what it goes by changes slowly
 STEPS_A_TRIAL = 16
 STEPS_A_PLAIN_ONE = 24
-STEPS_A_LEARNED_ONE = 8  # of those without drafts: all of them say the same
+STEPS_A_LOOK = 8  # in a pause only one in so many is looked at: all of them say the same
 FIRST_PAUSE, MAX_PAUSE = 16, 1024  # steps without drafts, and without a thought of them; doubled while none pay
 NEW_PAUSE = 64  # at most, where a request is new or the batch's size another
 PROBE_SHARE = 0.01  # of the time, for drafts that are not expected to pay: they may by now
@@ -41,10 +41,14 @@ class _Drafting:
 
 @dataclass(slots=True)
 class _Step:
-    """num_tokens: that it brought; 0 unless it was of decodes only. has_plan: it may have drafts."""
+    """num_tokens: that it brought; 0 unless it was of decodes only. has_plan: it may have drafts.
+
+    stands_for: so many steps, of which one is looked at
+    """
 
     started: float
     num_running: int
+    stands_for: int
     has_plan: bool = False
     num_tokens: int = 0
 
@@ -82,8 +86,9 @@ class Speculator:
         self._pause, self._pause_left = FIRST_PAUSE, 0
         self._payoffs: dict[int, Payoff] = {}
         self._step: _Step | None = None  # the one in progress
-        self._num_plain = 0
-        self._credit_seconds = 0.0  # for drafts that may not pay
+        self._rests = False  # the step in progress is not looked at
+        # For drafts that may not pay. Enough at first for one trial: what was measured at start may be wrong.
+        self._credit_seconds = MAX_CREDIT_STEPS * verify_costs.seconds(1)
         self._answer_tokens = ANSWER_TOKENS
         self._propose_seconds = 0.0  # of the step in progress
 
@@ -97,6 +102,11 @@ class Speculator:
         # The newest and the number tell well enough whether they are others.
         composition = len(running), running[-1].request_id
         is_same = composition == self._composition
+        self._rests = is_same and self._pause_left % STEPS_A_LOOK > 1
+        if self._rests:
+            self._pause_left -= 1
+            self._step = None
+            return {}
         payoff = self._payoff_of(len(running))
         now = time.perf_counter()
         if self._step is not None and is_same:
@@ -107,7 +117,7 @@ class Speculator:
                 self._pause_left = min(self._pause_left, FIRST_PAUSE)
             self._composition = composition
             self._steps_left = 0
-        self._step = _Step(now, len(running))
+        self._step = _Step(now, len(running), STEPS_A_LOOK if self._pause_left > 0 else 1)
         if self._pause_left > 0 or not payoff.knows_plain:
             self._pause_left = max(0, self._pause_left - 1)
             self._planned = {}
@@ -134,7 +144,7 @@ class Speculator:
         if not step.num_tokens:
             return
         plain_work = self._yardstick.seconds(step.num_running)
-        self._credit_seconds += PROBE_SHARE * seconds
+        self._credit_seconds += PROBE_SHARE * seconds * step.stands_for
         if step.has_plan:
             work = plain_work * step.num_tokens / step.num_running
             self._credit_seconds += payoff.add_drafts(work, plain_work, seconds, self._propose_seconds)
@@ -161,12 +171,12 @@ class Speculator:
     ) -> None:
         """After the target's pass, which took so long, and before requests change. sampled: before any end is cut."""
         step = self._step
+        if self._rests:
+            return
         if step is not None and not step.has_plan:
             if len(scheduled) == step.num_running and all(entry.num_scheduled_tokens == 1 for entry in scheduled):
                 step.num_tokens = len(scheduled)
-                self._num_plain += 1
-                if self._num_plain % STEPS_A_LEARNED_ONE == 0:
-                    self.verify_costs.add(len(scheduled), seconds)
+                self.verify_costs.add(len(scheduled), seconds)
             return
         has_drafts = False
         decodes_only = True

@@ -33,8 +33,10 @@ class StatsCounter:
         self._num_drafts = self._num_tokens = self._num_accepted = 0
         self._propose_seconds = self._verify_seconds = 0.0
         self._length = 0.0
+        self._stats: SpecDecodeStats | None = None
 
     def add_draft(self, num_drafts: int, num_accepted: int) -> None:
+        self._stats = None
         self._num_drafts += 1
         self._num_tokens += num_drafts
         self._num_accepted += num_accepted
@@ -44,16 +46,20 @@ class StatsCounter:
         self._length = length if self._length == 0.0 else self._length + (1 - self.MEMORY) * (length - self._length)
 
     def add_seconds(self, propose: float, verify: float) -> None:
+        self._stats = None
         self._propose_seconds += propose
         self._verify_seconds += verify
 
     def stats(self) -> SpecDecodeStats:
-        return SpecDecodeStats(
-            self._num_drafts,
-            self._num_tokens,
-            self._num_accepted,
-            tuple(self._per_pos),
-            self._propose_seconds,
-            self._verify_seconds,
-            self._length,
-        )
+        """Asked for with every step: the same one until something was counted."""
+        if self._stats is None:
+            self._stats = SpecDecodeStats(
+                self._num_drafts,
+                self._num_tokens,
+                self._num_accepted,
+                tuple(self._per_pos),
+                self._propose_seconds,
+                self._verify_seconds,
+                self._length,
+            )
+        return self._stats

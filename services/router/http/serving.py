@@ -135,7 +135,7 @@ class Serving:
         exchange.timelines = [choice.timeline for choice in choices]
         self.answer_ids.remember(exchange.request_id, answer_id)
         writer = (
-            EventWriter(exchange, payloads, include_usage=body.include_usage)
+            EventWriter(exchange, payloads, include_usage=body.include_usage, alone=len(choices) == 1)
             if body.stream
             else WholeWriter(payloads, choices, keep=body.n)
         )

@@ -118,22 +118,29 @@ class GenerationResponse(Response):
 class EventWriter:
     """Server-sent events: all that one event of a generation adds is one write."""
 
-    def __init__(self, exchange: Exchange, payloads: Payloads, *, include_usage: bool) -> None:
+    def __init__(self, exchange: Exchange, payloads: Payloads, *, include_usage: bool, alone: bool) -> None:
+        """alone: there is one choice; else they write one after the other, the head before all of them"""
         self._exchange = exchange
         self._payloads = payloads
         self._include_usage = include_usage
-        self._turn = asyncio.Lock()  # choices write one after the other, the head before all of them
+        self._turn = None if alone else asyncio.Lock()
 
     async def write(self, choice: Choice, delta: Delta, send: Send) -> None:
+        if self._turn is None:
+            await self._write(choice, delta, send)
+        else:
+            async with self._turn:
+                await self._write(choice, delta, send)
+
+    async def _write(self, choice: Choice, delta: Delta, send: Send) -> None:
         chunks = self._payloads.chunks(choice, delta)
-        async with self._turn:
-            if not self._exchange.started:
-                await send(_head(*_EVENT_HEADERS))
-            body = _body(_events(chunks)) if chunks else None
-            if delta.num_tokens:
-                choice.timeline.written()  # not after the write: it may wake the client, and the client take this core
-            if body:
-                await self._exchange.send(body)
+        if not self._exchange.started:
+            await send(_head(*_EVENT_HEADERS))
+        body = _body(_events(chunks)) if chunks else None
+        if choice.timeline.second_at is None and delta.num_tokens:
+            choice.timeline.written()  # not after the write: it may wake the client, and the client take this core
+        if body:
+            await self._exchange.send(body)
 
     async def finish(self, usage: Usage, send: Send, timings: Mapping[str, float] | None) -> None:
         last = b""
