@@ -76,8 +76,9 @@ def _plots(report: dict[str, Any], folder: Path) -> str:
 
 
 def _leave(status: int) -> None:
-    """From another thread than the one that hangs."""
+    """Whatever threads still hang, of ours or of a library."""
     sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(status)
 
 
@@ -94,4 +95,4 @@ def _parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

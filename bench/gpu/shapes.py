@@ -34,7 +34,7 @@ class Shape:
 
     @property
     def num_weights(self) -> int:
-        """Embedding included, once: a bound on memory."""
+        """Head and table of embeddings counted apart, though tied ones are one: a bound on memory."""
         mlps = self._mlp_weights * max(1, self.experts)
         return self.layers * (self._attention_weights + mlps) + 2 * self.vocab * self.hidden
 
