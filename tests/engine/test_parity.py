@@ -107,6 +107,32 @@ def test_preempted_requests_end_with_the_same_tokens(tiny_models: TinyModels, ar
     )
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_more_urgent_request_takes_a_place_and_no_text_changes(tiny_models: TinyModels, temperature: float) -> None:
+    """Two places are taken when a third request comes, with a lower number."""
+    engine = make_engine(str(tiny_models.path("llama")), backend="cpu", max_num_seqs=2)
+    sampling = SamplingParams(max_tokens=24, temperature=temperature, seed=3, ignore_eos=True)
+    expected = [generate(engine, [prompt], sampling)[0] for prompt in prompts()[:3]]
+    requests = [
+        engine.make_request(f"urgency-{priority}", prompt, sampling, priority=priority)
+        for prompt, priority in zip(prompts(), (2, 1, 0), strict=False)
+    ]
+    answers: dict[str, list[int]] = {request.request_id: [] for request in requests}
+    ended: list[str] = []
+    engine.submit(requests[0])
+    engine.submit(requests[1])
+    while engine.has_unfinished_requests:
+        result = engine.step()
+        for tokens in result.tokens:
+            answers[tokens.request_id] += tokens.token_ids
+        ended += [request.request_id for request in result.ended]
+        if len(answers["urgency-1"]) == 8:
+            engine.submit(requests[2])
+    assert ended == ["urgency-1", "urgency-0", "urgency-2"]
+    assert [request.num_preemptions for request in requests] == [1, 0, 0]
+    assert list(answers.values()) == expected
+
+
 @pytest.mark.parametrize("block_size", [1, 8, 64])
 def test_block_size_does_not_change_the_tokens(tiny_models: TinyModels, block_size: int) -> None:
     path = tiny_models.path("mistral")
