@@ -33,8 +33,9 @@ async def test_times_come_out_as_the_endpoint_takes_them() -> None:
     result = await bench(FakeEndpoint(ttft_seconds=0.2, itl_seconds=0.05), 3)
     figures = result.figures
     assert 200 <= figures["ttft_ms_p50"] < 200 + SLACK_MS
-    assert 45 <= figures["itl_ms_p50"] < 50 + SLACK_MS
-    assert 45 <= figures["tpot_ms_p50"] < 50 + SLACK_MS
+    # A token that is seen late makes the time to the next one shorter.
+    assert 35 <= figures["itl_ms_p50"] < 50 + SLACK_MS
+    assert 35 <= figures["tpot_ms_p50"] < 50 + SLACK_MS
     assert 400 <= figures["e2e_ms_p50"] < 400 + 4 * SLACK_MS
     assert result.num_output_tokens == 15
     assert result.num_input_tokens == 9
@@ -45,13 +46,13 @@ async def test_times_come_out_as_the_endpoint_takes_them() -> None:
 
 
 async def test_chunks_of_several_tokens_are_not_taken_for_single_ones() -> None:
-    """Of 9 tokens, 3 come at once, then 2 chunks of 3 after 60 ms each: 6 tokens in 120 ms."""
-    fake = FakeEndpoint(itl_seconds=0.06, tokens_per_chunk=3, usage="each")
+    """Of 9 tokens, 3 come at once, then 2 chunks of 3 after 300 ms each: 6 tokens in 600 ms."""
+    fake = FakeEndpoint(itl_seconds=0.3, tokens_per_chunk=3, usage="each")
     result = await bench(fake, 1, output_len=9)
     assert result.tokens_per_chunk == 3
     assert result.num_output_tokens == 9
-    assert 18 <= result.figures["itl_ms_p50"] < 20 + SLACK_MS
-    assert 18 <= result.figures["tpot_ms_p50"] < 20 + SLACK_MS
+    assert 80 <= result.figures["itl_ms_p50"] < 100 + SLACK_MS
+    assert 80 <= result.figures["tpot_ms_p50"] < 100 + SLACK_MS
 
 
 @pytest.mark.parametrize("usage", ["last", "each", None])
