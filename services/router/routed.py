@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -60,7 +61,7 @@ class RoutedGeneration:
         self._incarnation = ""  # of the decode worker that it was placed on last
         self._refusals: dict[str, RelevoError] = {}  # decode workers' incarnations → why not there
         self._events: deque[Event] = deque()  # bounded by what one take() gives
-        self._output: list[int] = []  # all tokens so far: they are in the events, or were
+        self._output = array("I")  # all tokens so far: they are in the events, or were; a list takes nine times as much
         self._num_cached_tokens: int | None = None  # of the prompt, as the first worker that gave tokens said
         self._is_migrated = False
         self._failure: RelevoError | None = None  # to be raised after the events
@@ -229,7 +230,7 @@ class RoutedGeneration:
             return
         if not self._output:
             self._note_first_token()
-        self._output += event.token_ids
+        self._output.extend(event.token_ids)
         self.record.note_tokens(len(self._output))
         self.record.timeline.count(len(event.token_ids))
         self._num_cached_tokens = event.num_cached_tokens
