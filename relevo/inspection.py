@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from relevo.engine.config import EngineConfig
-from relevo.engine.loading import kv_dtype
+from relevo.engine.loading import kv_dtype, load_configured
+from relevo.engine.sizing import choose_device
 from relevo.engine.threads import set_num_threads
 from relevo.kernels import load_backend
 from relevo.model_files import resolve_model
 from relevo.models.causal_lm import CausalLM
 from relevo.models.layout import KVLayout
-from relevo.models.loader import load_model
 from relevo.models.passes import PassRecord, grouped
 
 
@@ -84,20 +84,10 @@ class Inspection:
 def inspect_model(config: EngineConfig) -> Inspection:
     """Load the model as a worker would, and look. Raises StartupError as loading does."""
     files = resolve_model(config.model, weights=config.load_format != "dummy")
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(config.device)
     set_num_threads(config.threads)
-    kernels = load_backend(config.attention_backend, device)
-    model = load_model(
-        files,
-        dtype=config.dtype,
-        device=device,
-        load_format=config.load_format,
-        seed=config.seed,
-        kernels=kernels,
-        passes=config.passes,
-    )
+    kernels = load_backend(config.attention_backend, device.type)
+    model = load_configured(config, files, kernels, device)
     layout = KVLayout(layers=model.layout_layers, dtype=kv_dtype(config, model), block_size=config.block_size)
     num_blocks = config.kv_cache_memory // layout.block_bytes
     text_config = model.config.get_text_config()
@@ -105,7 +95,7 @@ def inspect_model(config: EngineConfig) -> Inspection:
         model=files.name,
         architecture=(model.config.architectures or [model.config.model_type])[0],
         dtype=_name(model.dtype),
-        device=device,
+        device=str(device),
         kernel_backend=kernels.__name__.rpartition(".")[2],  # type: ignore[attr-defined]  # backends are modules
         num_parameters=sum(model.parameters.values()),
         weight_bytes={_name(dtype): count * dtype.itemsize for dtype, count in model.parameters.items()},

@@ -15,14 +15,14 @@ from array import array
 from pathlib import Path
 
 from relevo.fast_encoding import gigatoken_encode
-from relevo.model_files import ModelFiles
+from relevo.model_files import TOKENIZER_FILE, ModelFiles
 from relevo.token_bytes import TokenTable
 from relevo.tokenizer import Tokenizer, Vocabulary
 
 logger = logging.getLogger(__name__)
 
 CHILD_SECONDS = 120
-_FACTS, _JSON, _JOINED, _ENDS = "facts.json", "tokenizer.json", "table.bytes", "table.ends"
+_FACTS, _JOINED, _ENDS = "facts.json", "table.bytes", "table.ends"  # beside TOKENIZER_FILE
 
 
 def read_apart(files: ModelFiles) -> Tokenizer | None:
@@ -48,7 +48,7 @@ def _read(folder: Path) -> Tokenizer | None:
         return None
     facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
     special_tokens, chat_templates = facts.pop("special_tokens"), facts.pop("chat_templates")
-    encode = gigatoken_encode((folder / _JSON).read_text(encoding="utf-8"))
+    encode = gigatoken_encode((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
     if encode is None:
         return None
     ends = array("I")
@@ -74,7 +74,7 @@ def _write(files: ModelFiles, folder: Path) -> None:
     table = tokenizer.vocabulary.table
     if tokenizer.needs_library or table is None:
         return
-    (folder / _JSON).write_text(backend.to_str(), encoding="utf-8")
+    (folder / TOKENIZER_FILE).write_text(backend.to_str(), encoding="utf-8")
     (folder / _JOINED).write_bytes(table.joined)
     (folder / _ENDS).write_bytes(table.ends.tobytes())
     facts = {

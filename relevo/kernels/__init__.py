@@ -24,7 +24,7 @@ __all__ = ["BACKENDS", "Activation", "AttentionMetadata", "Kernels", "PreparedLi
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "flash-attn")
 
-_PACKAGES = (("flash-attn", "flash_attn_interface"), ("triton", "triton"))  # for a GPU, the best first
+_PACKAGES = {"flash-attn": "flash_attn_interface", "triton": "triton"}  # for a GPU, the best first
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
@@ -276,7 +276,9 @@ def load_backend(name: str, device: str) -> Kernels:
         raise ValueError(f"unknown kernel backend {name!r}: choose one of {', '.join(BACKENDS)}")
     on_cpu = device.partition(":")[0] == "cpu"
     if name == "auto":
-        name = "cpu" if on_cpu else next((name for name, package in _PACKAGES if find_spec(package)), "reference")
+        name = (
+            "cpu" if on_cpu else next((name for name, package in _PACKAGES.items() if find_spec(package)), "reference")
+        )
     if name == "cpu" and not on_cpu:
         raise ValueError(
             f"kernel backend 'cpu' cannot run on device {device!r}: choose 'triton', 'reference' or 'auto'"
@@ -285,6 +287,8 @@ def load_backend(name: str, device: str) -> Kernels:
         raise ValueError("kernel backend 'triton' needs a GPU: on a CPU choose 'cpu' or 'auto'")
     if name == "flash-attn" and on_cpu:
         raise ValueError("kernel backend 'flash-attn' needs a GPU: on a CPU choose 'cpu' or 'auto'")
-    if name == "flash-attn" and not find_spec(_PACKAGES[0][1]):
-        raise ValueError(f"kernel backend 'flash-attn' needs the package {_PACKAGES[0][1]}, which is not installed")
+    if name == "flash-attn" and not find_spec(_PACKAGES["flash-attn"]):
+        raise ValueError(
+            f"kernel backend 'flash-attn' needs the package {_PACKAGES['flash-attn']}, which is not installed"
+        )
     return cast(Kernels, import_module(f"relevo.kernels.{name.replace('-', '_')}"))

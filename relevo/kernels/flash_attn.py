@@ -13,51 +13,12 @@ from torch import Tensor
 
 from relevo.kernels import triton
 from relevo.kernels.metadata import AttentionMetadata
-from relevo.kernels.triton import (
-    WIDENS_16_BITS,
-    add_rms_norm,
-    apply_penalties,
-    argmax,
-    gated_activation,
-    gather_blocks,
-    mask_logits,
-    prepare_linear,
-    rms_norm,
-    rotary_store_kv,
-    sample,
-    scatter_blocks,
-    score,
-    sgmv,
-    store_kv,
-    top_k,
-    warm_up,
-)
-
-__all__ = [
-    "WIDENS_16_BITS",
-    "add_rms_norm",
-    "apply_penalties",
-    "argmax",
-    "gated_activation",
-    "gather_blocks",
-    "mask_logits",
-    "paged_attention",
-    "prepare_linear",
-    "rms_norm",
-    "rotary_store_kv",
-    "sample",
-    "scatter_blocks",
-    "score",
-    "sgmv",
-    "store_kv",
-    "top_k",
-    "warm_up",
-]
+from relevo.kernels.triton import *  # noqa: F403 - all but attention
 
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 192), (192, 128), (256, 256))  # of keys and values
 
 
-def paged_attention(
+def paged_attention(  # type: ignore[no-redef]
     query: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,

@@ -16,12 +16,11 @@ from torch import Tensor
 from relevo.kernels import reference
 from relevo.kernels.metadata import AttentionMetadata
 from relevo.kernels.triton.attend import attend_kernel
-from relevo.kernels.triton.launch import FLOATS
+from relevo.kernels.triton.launch import FLOATS, FP8
 from relevo.kernels.triton.merge import merge_kernel
 from relevo.kernels.triton.tiles import MAX_PACKED_ROWS, Tile, long_tile, num_splits, packed_tile
 
 LOG2_E = math.log2(math.e)
-FP8 = torch.float8_e4m3fn
 ALL_ROWS = 2**31 - 1
 DRAFTS_BESIDE_PROMPTS = 8  # so many tokens of a sequence, at most, are verified as one tile in a batch with prompts
 

@@ -8,9 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from relevo.kernels import reference
-from relevo.kernels.triton.launch import FLOATS, num_warps
+from relevo.kernels.triton.launch import FLOATS, FP8, num_warps
 
-FP8 = torch.float8_e4m3fn
 TILE = 2048  # elements of a program
 
 
