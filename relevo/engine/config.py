@@ -39,6 +39,8 @@ class EngineConfig:
     adaptive_speculation: drafts only where they are expected to pay
     threads: that compute on a CPU; None: as many as there are cores for this process
     turn_file: shared by the engines of a host that compute one at a time, each with all cores; see Turns
+    enforce_eager: no CUDA graphs: every kernel is launched in every step
+    async_scheduling: launch a step before the tokens of the one before it are read; None: on a GPU
     """
 
     model: str | None = None
@@ -61,6 +63,8 @@ class EngineConfig:
     adaptive_speculation: bool = True
     threads: int | None = None
     turn_file: str | None = None
+    enforce_eager: bool = False
+    async_scheduling: bool | None = None
 
     def __post_init__(self) -> None:
         for name in (
