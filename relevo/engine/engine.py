@@ -20,6 +20,8 @@ from relevo.core.schedule import SchedulerConfig, SchedulerOutput
 from relevo.core.scheduler import Scheduler
 from relevo.engine.beams import BeamCandidates, BeamGroups, EndedBeams
 from relevo.engine.config import EngineConfig, EngineInfo
+from relevo.engine.forward_pass import ForwardPass
+from relevo.engine.graphs import CudaCapture
 from relevo.engine.kv_cache import KVCache
 from relevo.engine.loading import kv_dtype, load_configured
 from relevo.engine.logits_processors import make_processor
@@ -103,9 +105,21 @@ class Engine:
         # To be exchanged only between requests.
         self.speculator: Speculator | None = None
         self._warm_up()
+        capture = CudaCapture(device) if device.type == "cuda" and not config.enforce_eager else None
+
+        def capture_graphs(forward: ForwardPass, *query_lens: int) -> None:
+            if capture is not None:
+                forward.capture_graphs(
+                    capture,
+                    max_num_seqs=config.max_num_seqs,
+                    max_model_len=max_model_len,
+                    query_lens=query_lens,
+                )
+
+        capture_graphs(self.runner.forward, *sorted({1, 1 + config.max_drafts}))
         if config.speculative is not None:
             draft_cache = None if draft_layout is None else KVCache(draft_layout, num_blocks, device)
-            self.speculator = make_speculator(config, self.runner, draft, draft_cache)
+            self.speculator = make_speculator(config, self.runner, draft, draft_cache, capture_graphs)
 
     def make_request(
         self,

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from relevo.engine.batch import FlatBatch
-from relevo.engine.graphs import DecodeGraphs
+from relevo.engine.graphs import Capture, DecodeGraphs
 from relevo.engine.host_copies import upload
 from relevo.engine.kv_cache import KVCache
 from relevo.kernels import Kernels
 from relevo.models.attention import AttentionContext
 from relevo.models.causal_lm import CausalLM
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,30 @@ class ForwardPass:
         self.kernels = kernels
         self.device = kv_cache.storage.device
         self.graphs: DecodeGraphs | None = None
+
+    def capture_graphs(
+        self, capture: Capture, *, max_num_seqs: int, max_model_len: int, query_lens: tuple[int, ...]
+    ) -> None:
+        """See DecodeGraphs. Where the model can't be captured there is a warning, and there are no graphs."""
+        graphs = DecodeGraphs(
+            self.model,
+            self.kv_cache,
+            self.kernels,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            query_lens=query_lens,
+        )
+        try:
+            graphs.capture(capture)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            logger.warning(
+                "no CUDA graphs, so that every kernel is launched in every step, which is slower: %s", reason
+            )
+            return
+        self.graphs = graphs
 
     def __call__(self, batch: FlatBatch, late: LateTokens | None = None) -> Tensor:
         """Logits, [len(batch.logits_indices), vocab_size] float32, until the next call. Waits for nothing."""
