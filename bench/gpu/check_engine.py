@@ -1,5 +1,5 @@
-"""The engine's greedy tokens, whole and split over two engines, against transformers' own, in float32; and that steps on
-a GPU are launched as they should be."""
+"""The engine's greedy tokens, whole and split over two engines, against transformers' own, in float32; and how steps
+are launched on a GPU."""
 
 from __future__ import annotations
 
