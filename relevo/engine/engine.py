@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 
+import torch
+
 from relevo.allocator import keep_freed_memory
 from relevo.core.block_hash import BlockHash, root_hash
 from relevo.core.block_pool import BlockPool
@@ -18,13 +20,17 @@ from relevo.core.schedule import SchedulerConfig, SchedulerOutput
 from relevo.core.scheduler import Scheduler
 from relevo.engine.beams import BeamCandidates, BeamGroups, EndedBeams
 from relevo.engine.config import EngineConfig, EngineInfo
+from relevo.engine.gpu_memory import GpuMemory
+from relevo.engine.gpu_start import start_on
 from relevo.engine.kv_cache import KVCache
+from relevo.engine.largest_step import Loaded, profile_steps
 from relevo.engine.loading import kv_dtype, load_configured
 from relevo.engine.logits_processors import make_processor
 from relevo.engine.model_runner import ModelRunner, RunResult
 from relevo.engine.prompt_logprobs import max_rows
 from relevo.engine.rates import EngineRates
 from relevo.engine.sampler import SampledToken, Sampler
+from relevo.engine.shortage import STEP_ADVICE, explain_shortage
 from relevo.engine.sizing import choose_device, count_blocks, find_max_model_len
 from relevo.engine.spec_decode.make import load_draft_model, make_speculator
 from relevo.engine.spec_decode.speculator import Speculator
@@ -56,8 +62,13 @@ class Engine:
     """Continuous batching over one model on one device. Raises StartupError if it can't be built."""
 
     def __init__(self, config: EngineConfig) -> None:
-        files = resolve_model(config.model, weights=config.load_format != "dummy")
         device = choose_device(config.device)
+        with start_on(device, config.gpu_lock_dir) as memory, explain_shortage(device, "the engine", STEP_ADVICE):
+            self._build(config, device, memory)
+
+    def _build(self, config: EngineConfig, device: torch.device, memory: GpuMemory | None) -> None:
+        """memory: of a GPU"""
+        files = resolve_model(config.model, weights=config.load_format != "dummy")
         set_num_threads(config.threads)
         kernels = load_backend(config.attention_backend, device.type)
         model = load_configured(config, files, kernels, device)
@@ -66,7 +77,11 @@ class Engine:
         draft = load_draft_model(config, kernels, device)
         draft_layout = None if draft is None else KVLayout(draft.layout_layers, draft.dtype, config.block_size)
         draft_bytes = 0 if draft_layout is None else draft_layout.block_bytes
-        num_blocks = count_blocks(config, layout.block_bytes + draft_bytes, device)
+        profile = None
+        if memory is not None:
+            drafting = None if draft is None or draft_layout is None else Loaded(draft, draft_layout)
+            profile = profile_steps(memory, config, Loaded(model, layout), drafting, kernels, num_graphs=0)
+        num_blocks = count_blocks(config, layout.block_bytes + draft_bytes, profile)
         max_model_len = find_max_model_len(config, model.max_model_len, num_blocks)
         eos_token_ids = generation_defaults(files).eos_token_ids
         self.info = EngineInfo(

@@ -17,7 +17,7 @@ def test_defaults_are_the_engines_own() -> None:
     own = {field.name: field.default for field in fields(EngineConfig)}
     options = engine_options()
     assert options == {name: own[name] for name in options}
-    assert own.keys() - options.keys() <= {"model", "turn_file"}
+    assert own.keys() - options.keys() <= {"model", "turn_file", "gpu_lock_dir"}
 
 
 def run(*arguments: str) -> tuple[int, EngineOptions, str]:
