@@ -78,9 +78,9 @@ def profile_steps(
         )
 
     def compute() -> None:
+        runner.run(entries)  # first: the draft model finds room in what torch keeps of it
         if proposer is not None:
             proposer.propose(entries)
-        runner.run(entries)
 
     what = f"a step of {config.max_num_batched_tokens} tokens of {config.max_num_seqs} requests"
     with explain_shortage(device, what, STEP_ADVICE):
