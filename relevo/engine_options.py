@@ -45,7 +45,7 @@ def engine_options(
         ),
     ] = None,
     gpu_memory_utilization: Annotated[
-        float, typer.Option(help="share of a GPU's memory to take, above 0; workers of one command divide it equally")
+        float, typer.Option(help="share of a GPU's memory to take; several workers of `serve` divide it equally")
     ] = DEFAULT_GPU_MEMORY_UTILIZATION,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="requests computed at the same time, per worker")] = 64,
     max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="tokens computed in one step")] = 512,

@@ -275,7 +275,8 @@ class Stack:
 
 def _share_of_gpu(worker_options: Mapping[str, str | bool], num_workers: int) -> str:
     """Each worker's, all being on the same GPU, if there is one: equal parts of what they may take together."""
-    return repr(float(worker_options.get("gpu-memory-utilization", DEFAULT_GPU_MEMORY_UTILIZATION)) / num_workers)
+    together = float(worker_options.get("gpu-memory-utilization", DEFAULT_GPU_MEMORY_UTILIZATION))
+    return f"{together / num_workers:.6g}"
 
 
 def _check_port(host: str, port: int) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import signal
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +14,7 @@ import pytest
 import torch
 
 from relevo.core.errors import StartupError
+from relevo.engine import gpu_start
 from relevo.engine.config import EngineConfig
 from relevo.engine.gpu_memory import CONTEXT_BYTES, GRAPH_BYTES, MemoryProfile, first_touch, profile_memory
 from relevo.engine.gpu_start import start_on
@@ -132,7 +136,7 @@ def test_no_warning_where_the_share_is_there(gpu: FakeGpu, caplog: pytest.LogCap
 def test_kv_memory_that_was_given_is_taken_as_it_is(gpu: FakeGpu) -> None:
     config = EngineConfig(kv_cache_memory=60 * GIB, gpu_memory_utilization=0.1)
     assert count_blocks(config, BLOCK_BYTES, PROFILE) == 60 * GIB // BLOCK_BYTES
-    with pytest.raises(StartupError, match="60.00 GiB does not fit: 59.00 GiB are free on the GPU .*weights 16.00 GiB"):
+    with pytest.raises(StartupError, match=r"60.00 GiB does not fit: 59.00 GiB are free .*weights 16.00 GiB"):
         count_blocks(config, BLOCK_BYTES, replace(PROFILE, graphs=2 * GIB))
 
 
@@ -177,6 +181,30 @@ def test_engines_that_start_at_the_same_time_get_the_same(gpu: FakeGpu, tmp_path
         thread.join(timeout=30)
     assert kv_bytes == [(36 - 16) * GIB - GIB // 2] * 2
     assert [path.name for path in tmp_path.iterdir()] == [f"relevo-gpu-{NAME}.lock"]
+
+
+def test_lock_of_an_engine_that_is_killed_is_free(
+    gpu: FakeGpu, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-c", code, str(tmp_path / f"relevo-gpu-{NAME}.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        timer = threading.Timer(0.3, holder.kill)
+        timer.start()
+        with caplog.at_level(logging.INFO), start_on(CUDA, str(tmp_path)):
+            assert holder.wait(timeout=30) == -signal.SIGKILL
+    assert "waiting for another engine to have started on this GPU" in caplog.text
+
+
+def test_lock_that_nobody_gives_back_does_not_stop_others(
+    gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(gpu_start, "MAX_WAIT_SECONDS", 0.2)
+    with start_on(CUDA, str(tmp_path)), caplog.at_level(logging.WARNING), start_on(CUDA, str(tmp_path)) as memory:
+        assert memory is not None
+    assert "still locked after 0.2 s" in caplog.text
 
 
 def test_lock_that_cannot_be_had_is_a_warning(gpu: FakeGpu, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -22,8 +22,8 @@ from tests.support.tiny_models import TinyModels
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 # As torch says it.
 TORCHS = (
-    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.03 GiB is free. "
-    "Process 7 has 78.08 GiB memory in use. If reserved but unallocated memory is large try setting "
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.03 GiB is "
+    "free. Process 7 has 78.08 GiB memory in use. If reserved but unallocated memory is large try setting "
     "PYTORCH_ALLOC_CONF=expandable_segments:True to avoid fragmentation."
 )
 
@@ -39,8 +39,8 @@ def test_message_says_what_for_how_much_what_is_there_and_what_to_do(monkeypatch
     gpu.install(monkeypatch)
     gpu.allocate(70 * GIB)
     assert raised(torch.OutOfMemoryError(TORCHS), CUDA) == (
-        "out of memory for a test (Tried to allocate 2.50 GiB; of 80.00 GiB on cuda:0, 5.50 GiB are free and torch holds "
-        "70.00 GiB for this process): ask for less"
+        "out of memory for a test (Tried to allocate 2.50 GiB; of 80.00 GiB on cuda:0, 5.50 GiB are free and torch "
+        "holds 70.00 GiB for this process): ask for less"
     )
 
 
@@ -109,5 +109,5 @@ async def test_step_that_runs_out_of_memory_ends_the_engine_with_an_explanation(
     thread = EngineThread(engine, lambda _: None)
     thread.start()
     async with asyncio.timeout(30):
-        with pytest.raises(OutOfMemory, match="out of memory for a step .*lower max_num_batched_tokens"):
+        with pytest.raises(OutOfMemory, match=r"out of memory for a step .*lower max_num_batched_tokens"):
             await thread.wait()
