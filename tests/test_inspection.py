@@ -57,7 +57,8 @@ def test_kv_memory_by_default(tiny_models: TinyModels, monkeypatch: pytest.Monke
     gpu = SimpleNamespace(total_memory=10 << 20)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(inspection, "choose_device", lambda device: torch.device("cuda"))
-    load, backend = inspection.load_configured, inspection.load_backend
+    module: Any = inspection
+    load, backend = module.load_configured, module.load_backend
     monkeypatch.setattr(inspection, "load_configured", lambda *args: load(*args[:-1], torch.device("cpu")))
     monkeypatch.setattr(inspection, "load_backend", lambda name, device: backend(name, "cpu"))
     found = json.loads(inspect(path, "--json", "--gpu-memory-utilization", "0.5"))

@@ -80,11 +80,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     gpu = FakeGpu()
     gpu.install(monkeypatch)
     monkeypatch.setattr(engine_module, "start_on", lambda device, lock_dir: started_on(gpu))
-    load_configured = engine_module.load_configured
+    module: Any = engine_module
+    load_configured = module.load_configured
 
     def load(*args: Any) -> CausalLM:
         gpu.running.allocated += 16 * GIB
-        return load_configured(*args)
+        model: CausalLM = load_configured(*args)
+        return model
 
     monkeypatch.setattr(engine_module, "load_configured", load)
     return gpu
