@@ -18,7 +18,7 @@ from torch import Tensor
 from relevo.core.sampling_params import SamplingParams
 from relevo.engine.engine import Engine
 from relevo.engine.forward_pass import ForwardPass
-from relevo.engine.graphs import Replay, graph_sizes
+from relevo.engine.graphs import Replay, graph_shapes
 from relevo.engine.spec_decode.ngram import NgramProposer
 from relevo.engine.spec_decode.row_costs import RowCosts
 from relevo.engine.spec_decode.speculator import Speculator
@@ -48,14 +48,9 @@ class Recomputing:
         return replay
 
 
-def capture(engine: Engine, *query_lens: int) -> Recomputing:
+def capture(engine: Engine, max_drafts: int = 0) -> Recomputing:
     recomputing = Recomputing()
-    engine.runner.forward.capture_graphs(
-        recomputing,
-        max_num_seqs=4,
-        max_model_len=engine.info.max_model_len,
-        query_lens=query_lens or (1,),
-    )
+    engine.runner.forward.capture_graphs(recomputing, graph_shapes(4, max_drafts), engine.info.max_model_len)
     assert engine.runner.forward.graphs is not None
     return recomputing
 
@@ -76,11 +71,16 @@ def engine_of(tiny_models: TinyModels, **options: Any) -> Engine:
     return make_engine(str(tiny_models.path("llama")), **options)
 
 
+def sizes(max_num_seqs: int) -> list[int]:
+    return [shape.num_seqs for shape in graph_shapes(max_num_seqs, 0)]
+
+
 def test_sizes_are_few_and_never_twice_the_batch() -> None:
-    assert graph_sizes(1) == [1] and graph_sizes(4) == [1, 2, 4] and graph_sizes(5) == [1, 2, 4, 5]
-    sizes = graph_sizes(300)
-    assert sizes[-1] == 300 and len(sizes) < 30 and sizes == sorted({*sizes})
-    assert all(after <= 2 * before for before, after in pairwise(sizes))
+    assert sizes(1) == [1] and sizes(4) == [1, 2, 4] and sizes(5) == [1, 2, 4, 5]
+    many = sizes(300)
+    assert many[-1] == 300 and len(many) < 30 and many == sorted({*many})
+    assert all(after <= 2 * before for before, after in pairwise(many))
+    assert graph_shapes(2, 3) == [(1, 1), (2, 1), (1, 4), (2, 4)]
 
 
 @pytest.mark.usefixtures("skips_padding")
@@ -133,7 +133,7 @@ def test_drafts_are_verified_in_graphs(tiny_models: TinyModels) -> None:
     expected = generate(engine, repeating, GREEDY)
     costs = RowCosts({1: 1.0, 64: 1.0})
     engine.speculator = Speculator(NgramProposer(), 3, costs, None, adaptive=False)
-    recomputing = capture(engine, 1, 4)
+    recomputing = capture(engine, max_drafts=3)
     assert generate(engine, repeating, GREEDY) == expected
     stats = engine.speculator.stats()
     assert stats.num_draft_tokens and recomputing.counts[0]
@@ -148,7 +148,7 @@ def test_where_a_model_cannot_be_captured_there_are_no_graphs(
     def fail(compute: Callable[[], None]) -> Replay:
         raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors")
 
-    forward.capture_graphs(fail, max_num_seqs=4, max_model_len=64, query_lens=(1,))
+    forward.capture_graphs(fail, graph_shapes(4, 0), 64)
     assert forward.graphs is None and "operation not permitted when stream is capturing" in caplog.text
     assert "CUDA kernel errors" not in caplog.text
 
@@ -156,4 +156,4 @@ def test_where_a_model_cannot_be_captured_there_are_no_graphs(
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with pytest.raises(torch.OutOfMemoryError):
-        forward.capture_graphs(exhaust, max_num_seqs=4, max_model_len=64, query_lens=(1,))
+        forward.capture_graphs(exhaust, graph_shapes(4, 0), 64)
