@@ -76,6 +76,10 @@ def engine_options(
         int | None, typer.Option(min=1, max=32, help="drafts a step, at most. Default: 5; of ngram and suffix 10")
     ] = None,
     adaptive_speculation: Annotated[bool, typer.Option(help="draft only where it is measured to pay")] = True,
+    enforce_eager: Annotated[bool, typer.Option(help="on a GPU: no CUDA graphs for decode steps")] = False,
+    async_scheduling: Annotated[
+        bool | None, typer.Option(help="launch a step before the last one's tokens are read. Default: on a GPU")
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="that compute, in each worker. Default: one a core that there is for us")
     ] = None,

@@ -43,6 +43,8 @@ class EngineConfig:
     threads: that compute on a CPU; None: as many as there are cores for this process
     turn_file: shared by the engines of a host that compute one at a time, each with all cores; see Turns
     gpu_lock_dir: folder shared by the engines of a GPU, which start one at a time; None: where temporary files go
+    enforce_eager: no CUDA graphs: every kernel is launched in every step
+    async_scheduling: launch a step before the tokens of the one before it are read; None: on a GPU
     """
 
     model: str | None = None
@@ -67,6 +69,8 @@ class EngineConfig:
     threads: int | None = None
     turn_file: str | None = None
     gpu_lock_dir: str | None = None
+    enforce_eager: bool = False
+    async_scheduling: bool | None = None
 
     def __post_init__(self) -> None:
         for name in (

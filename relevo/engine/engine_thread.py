@@ -125,8 +125,8 @@ class EngineThread:
                 result = self.engine.step()
             seconds = time.monotonic() - began_at
             self._longest_step_seconds = max(seconds, _MEMORY * self._longest_step_seconds)
-            # Nothing was scheduled: only a command can change that, or a grammar that is being compiled.
-            idle = result.num_scheduled_tokens == 0 and not self.engine.is_compiling
+            # Nothing was computed: only a command can change that, or what the engine is busy with.
+            idle = result.num_scheduled_tokens == 0 and not self.engine.is_busy
             # A release changes nothing but the load, and whoever places requests by it must hear of that too.
             if not result.is_empty or result.load != load:
                 self._tell(self._on_step, result)

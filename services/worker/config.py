@@ -65,6 +65,10 @@ class WorkerSettings(FleetSettings):
     attention_backend: AttentionBackend = Field("auto", description="auto: the fastest for the device")
     passes: bool = Field(True, description="replace modules of the model by faster ones that were shown to be equal")
     quantization: Quantization = Field("none", description="of the weights; int8 reads half the bytes for each token")
+    enforce_eager: bool = Field(False, description="on a GPU: no CUDA graphs for decode steps")
+    async_scheduling: bool | None = Field(
+        None, description="launch a step before the last one's tokens are read; by default on a GPU"
+    )
     threads: int | None = Field(None, ge=1, description="that compute; by default one a core that this process has")
     turn_file: str | None = Field(
         None, description="shared by this host's workers, which then compute one at a time; by default none"
@@ -111,6 +115,8 @@ class WorkerSettings(FleetSettings):
             attention_backend=self.attention_backend,
             passes=self.passes,
             quantization=self.quantization,
+            enforce_eager=self.enforce_eager,
+            async_scheduling=self.async_scheduling,
             threads=self.threads,
             turn_file=self.turn_file,
             gpu_lock_dir=self.gpu_lock_dir,

@@ -12,6 +12,7 @@ from relevo.core.sampling_params import SamplingParams
 from relevo.core.schedule import ScheduledRequest
 from relevo.demo import draft_path
 from relevo.engine.config import EngineConfig
+from relevo.engine.forward_pass import ForwardPass
 from relevo.engine.kv_cache import KVCache
 from relevo.engine.loading import load_configured
 from relevo.engine.model_runner import ModelRunner
@@ -39,9 +40,13 @@ def load_draft_model(config: EngineConfig, kernels: Kernels, device: torch.devic
 
 
 def make_speculator(
-    config: EngineConfig, runner: ModelRunner, draft: CausalLM | None, draft_cache: KVCache | None
+    config: EngineConfig,
+    runner: ModelRunner,
+    draft: CausalLM | None,
+    draft_cache: KVCache | None,
+    capture: Callable[[ForwardPass, int], None] | None = None,
 ) -> Speculator:
-    """The cache must not be in use: measuring writes into its first blocks."""
+    """The cache must not be in use: measuring writes into its first blocks. capture: of the draft model's graphs"""
     assert config.speculative is not None
     proposer: Proposer
     propose_costs = None
@@ -54,6 +59,8 @@ def make_speculator(
             vocab_size=runner.model.vocab_size,
             max_rows=config.max_num_batched_tokens,
         )
+        if capture is not None:
+            capture(proposer.forward, 1)
         propose_costs = _measured(config, proposer.measure)
     else:
         proposer = NgramProposer() if config.speculative == "ngram" else SuffixProposer()
