@@ -2,22 +2,21 @@
 computed, and the second engine goes on from the first one's token.
 
 Both engines are in this process and on one device: blocks take the way over (pinned) host memory, by
-`KVCache.read_block` and `write_block`, in a thread and on a stream of their own. No checksums, no other process.
+`KVCache.leaving` and `arriving`, in a thread and on streams of their own. No checksums, no other process.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
-import torch
+import numpy as np
 
 from bench.gpu.clock import Deadline
 from relevo.core.sampling_params import SamplingParams
+from relevo.engine.block_streams import STAGED_BLOCKS
 from relevo.engine.engine import Engine
 
 
@@ -37,22 +36,17 @@ class HandOver:
 
 
 class _Copier:
-    """Copies blocks in order, in a thread: each batch behind all that the device was given before it."""
+    """Copies blocks in order, in a thread, as workers do but for the arena between them."""
 
     def __init__(self, source: Engine, target: Engine) -> None:
         self._source, self._target = source.kv_cache, target.kv_cache
-        self._device = self._source.storage.device
-        on_gpu = self._device.type == "cuda"
-        cuda: Any = torch.cuda
-        self._stream = cuda.Stream(self._device) if on_gpu else None
-        self._buffer = torch.empty(source.info.block_bytes, dtype=torch.uint8, pin_memory=on_gpu).numpy()
         self._thread = ThreadPoolExecutor(1)
-        self._copies: list[Any] = []
+        self._copies: list[Future[None]] = []
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """pairs: (block in the source, block in the target); what fills the former has been launched"""
-        event = None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
-        self._copies.append(self._thread.submit(self._copy, pairs, event))
+        """pairs: (block in the source, block in the target); a step that has ended has filled the former"""
+        for start in range(0, len(pairs), STAGED_BLOCKS):
+            self._copies.append(self._thread.submit(self._copy, pairs[start : start + STAGED_BLOCKS]))
 
     def wait(self) -> None:
         for copy in self._copies:
@@ -61,15 +55,11 @@ class _Copier:
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
 
-    def _copy(self, pairs: Sequence[tuple[int, int]], event: Any) -> None:
-        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
-            if self._stream is not None:
-                self._stream.wait_event(event)
-            for source, target in pairs:
-                self._source.read_block(source, self._buffer)
-                self._target.write_block(target, self._buffer)
-            if self._stream is not None:
-                self._stream.synchronize()
+    def _copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        leaving, arriving = ([pair[side] for pair in pairs] for side in (0, 1))
+        with self._source.leaving(leaving) as blocks, self._target.arriving(arriving) as places:
+            for block, place in zip(blocks, places, strict=True):
+                np.copyto(place, block)
 
 
 def hand_over(source: Engine, target: Engine, prompt: Sequence[int], num_tokens: int, deadline: Deadline) -> HandOver:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from relevo.core.errors import StartupError
+from relevo.engine.block_streams import BlockStreams
 from relevo.models.layout import KVLayout
+
+HostBlocks = AbstractContextManager[Sequence[NDArray[Any]]]
 
 
 class KVCache:
@@ -18,6 +22,7 @@ class KVCache:
 
     layers: for every layer its (k_cache, v_cache), views of storage:
             [num_blocks, block_size, kv_heads, k_dim] and [num_blocks, block_size, kv_heads, v_dim]
+    streams: on a GPU, over which blocks leave and arrive while steps compute; None on a CPU
 
     Raises StartupError if the memory is not to be had.
     """
@@ -33,23 +38,34 @@ class KVCache:
                 f"the KV cache of {num_bytes / 2**30:.2f} GiB does not fit in memory ({error})"
             ) from error
         self.layers: list[tuple[Tensor, Tensor]] = layout.views(self.storage)
+        self.streams = BlockStreams(self.storage) if device.type == "cuda" else None
 
-    def host_view(self, block_id: int) -> NDArray[Any] | None:
-        """A block's own bytes, writable, where the host can reach them: [block_bytes] uint8. None: it cannot."""
-        return self.storage[block_id].numpy() if self.storage.device.type == "cpu" else None
+    def leaving(self, block_ids: Sequence[int]) -> HostBlocks:
+        """Held blocks in host memory, [block_bytes] uint8 each, as long as the context lasts: the blocks themselves on
+        a CPU, else copies, made when the steps that wrote them are done. At most STAGED_BLOCKS. Any thread.
+        """
+        return nullcontext(self._on_host(block_ids)) if self.streams is None else self.streams.leaving(block_ids)
 
-    def read_block(self, block_id: int, into: NDArray[Any] | memoryview) -> None:
-        """Copy a held block out. into: [block_bytes] uint8, writable. Any thread; the GIL is released for the copy."""
-        _as_tensor(into).copy_(self.storage[block_id])
+    def arriving(self, block_ids: Sequence[int]) -> HostBlocks:
+        """Where to write blocks that are reserved, likewise; they are in the cache when the context has ended."""
+        return nullcontext(self._on_host(block_ids)) if self.streams is None else self.streams.arriving(block_ids)
 
-    def write_block(self, block_id: int, source: NDArray[Any] | memoryview) -> None:
-        """Copy a block in, into a place reserved for it. source: [block_bytes] uint8. Any thread, like read_block."""
-        self.storage[block_id].copy_(_as_tensor(source))
+    def step_launched(self) -> None:
+        """A step that writes blocks has been given to the device. By the engine's thread, as the next ones."""
+        if self.streams is not None:
+            self.streams.step_launched()
 
+    def step_settled(self) -> None:
+        """The results of the oldest step that was launched and not settled are known, and told after this."""
+        if self.streams is not None:
+            self.streams.step_settled()
 
-def _as_tensor(buffer: NDArray[Any] | memoryview) -> Tensor:
-    array = buffer if isinstance(buffer, np.ndarray) else np.frombuffer(buffer, dtype=np.uint8)
-    if not array.flags.writeable:
-        # torch only warns that it can't enforce read-only; we read from it.
-        array = np.lib.stride_tricks.as_strided(array, writeable=True) if array.base is None else array
-    return torch.from_numpy(array)
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """(from, to) each, between two steps."""
+        for source, target in pairs:
+            self.storage[target].copy_(self.storage[source])
+        if pairs and self.streams is not None:
+            self.streams.written()
+
+    def _on_host(self, block_ids: Sequence[int]) -> list[NDArray[Any]]:
+        return [self.storage[block_id].numpy() for block_id in block_ids]

@@ -78,6 +78,7 @@ class ModelRunner:
             AttentionContext(metadata=metadata, layers=self.kv_cache.layers, kernels=self.kernels),
             torch.tensor(sampled_rows + prompt_rows.indices, dtype=torch.int64, device=self.device),
         )
+        self.kv_cache.step_launched()
         drawn = iter(self.sampler.sample(logits[: len(rows)], rows, masks.result() if masks else None))
         result = RunResult({}, {}, prompt_rows.score(self.kernels, logits[len(rows) :]))
         for entry in sampling:
@@ -86,4 +87,5 @@ class ModelRunner:
                 result.candidates[entry.request.request_id] = own_drawn[0]
             else:
                 result.sampled[entry.request.request_id] = accept(entry.draft_token_ids, own_drawn)
+        self.kv_cache.step_settled()
         return result

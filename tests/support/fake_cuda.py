@@ -1,0 +1,112 @@
+"""torch.cuda's streams and events on a CPU, as late as a device may be: what is enqueued on a stream happens only when
+somebody waits for it, on the host. So whoever reads a copy too early, or frees its source, finds wrong bytes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class FakeCuda:
+    """What BlockStreams takes for torch.cuda. Streams are made here; `compute` is the current one.
+
+    copied: so many copies have happened
+    fail: raised by the next copy that is enqueued
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.copied = 0
+        self.fail: Exception | None = None
+        self.compute = FakeStream(self)
+
+    def Stream(self, _device: torch.device) -> FakeStream:
+        return FakeStream(self)
+
+    def Event(self, *, blocking: bool = False) -> FakeEvent:
+        return FakeEvent(blocking)
+
+    def current_stream(self, _device: torch.device) -> FakeStream:
+        return self.compute
+
+    @contextmanager
+    def stream(self, stream: FakeStream) -> Iterator[None]:
+        with _Enqueueing(self, stream):
+            yield
+
+
+class FakeStream:
+    def __init__(self, cuda: FakeCuda) -> None:
+        self._cuda = cuda
+        self._work: list[Callable[[], None]] = []
+        self._num_done = 0
+
+    @property
+    def num_enqueued(self) -> int:
+        return len(self._work)
+
+    def enqueue(self, work: Callable[[], None]) -> None:
+        with self._cuda.lock:
+            self._work.append(work)
+
+    def wait_event(self, event: FakeEvent) -> None:
+        stream, position = event.place()  # as it is recorded now
+        self.enqueue(lambda: stream.run(position))
+
+    def run(self, until: int) -> None:
+        with self._cuda.lock:
+            while self._num_done < until:
+                self._num_done += 1
+                self._work[self._num_done - 1]()
+
+
+class FakeEvent:
+    def __init__(self, blocking: bool) -> None:
+        self._blocking = blocking
+        self._place: tuple[FakeStream, int] | None = None
+
+    def record(self, stream: FakeStream) -> None:
+        self._place = (stream, stream.num_enqueued)
+
+    def synchronize(self) -> None:
+        assert self._blocking, "a host that waits for this spins"
+        stream, position = self.place()
+        stream.run(position)
+
+    def place(self) -> tuple[FakeStream, int]:
+        assert self._place is not None, "not recorded"
+        return self._place
+
+
+class _Enqueueing(TorchDispatchMode):
+    """Copies of tensors go onto the stream; all else must be views."""
+
+    def __init__(self, cuda: FakeCuda, stream: FakeStream) -> None:
+        super().__init__()
+        self._cuda = cuda
+        self._stream = stream
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten.copy_.default:
+            assert func is torch.ops.aten.select.int, f"{func} would not be on the stream"
+            return func(*args, **(kwargs or {}))
+        target, source, *non_blocking = args
+        assert non_blocking == [True] or self._stream is self._cuda.compute, "the host would wait for it"
+        if self._cuda.fail is not None:
+            error, self._cuda.fail = self._cuda.fail, None
+            raise error
+        into, out_of = target.numpy(), source.numpy()
+
+        def copy() -> None:
+            np.copyto(into, out_of)
+            self._cuda.copied += 1
+
+        self._stream.enqueue(copy)
+        return target
