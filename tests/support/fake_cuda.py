@@ -85,11 +85,11 @@ class FakeEvent:
         return self._place
 
 
-class _Enqueueing(TorchDispatchMode):
+class _Enqueueing(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     """Copies of tensors go onto the stream; all else must be views."""
 
     def __init__(self, cuda: FakeCuda, stream: FakeStream) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self._cuda = cuda
         self._stream = stream
 
