@@ -40,6 +40,26 @@ class KVCache:
         self.layers: list[tuple[Tensor, Tensor]] = layout.views(self.storage)
         self.streams = BlockStreams(self.storage) if device.type == "cuda" else None
 
+    def pin(self, view: memoryview) -> None:
+        """Make memory that others write to, too, the arena, one that send and receive reach; the one before it no more.
+
+        Blocking, any thread. Where it cannot be, that is logged, and blocks go by leaving and arriving.
+        """
+        if self.streams is not None:
+            self.streams.pin(view)
+
+    def send(self, block_ids: Sequence[int], slots: Sequence[memoryview]) -> list[int] | None:
+        """Copy held blocks to slots in pinned memory; their checksums, xxh3-64, whatever others have written there.
+
+        None, and nothing was done, where slots are elsewhere, or on a CPU. block_bytes each, at most STAGED_BLOCKS.
+        Any thread.
+        """
+        return None if self.streams is None else self.streams.send(block_ids, slots)
+
+    def receive(self, block_ids: Sequence[int], slots: Sequence[memoryview]) -> list[int] | None:
+        """Copy slots into reserved blocks; the checksums of what is there now. Else as send."""
+        return None if self.streams is None else self.streams.receive(block_ids, slots)
+
     def leaving(self, block_ids: Sequence[int]) -> HostBlocks:
         """Held blocks in host memory, [block_bytes] uint8 each, as long as the context lasts: the blocks themselves on
         a CPU, else copies, made when the steps that wrote them are done. At most STAGED_BLOCKS. Any thread.

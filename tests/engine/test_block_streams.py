@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import mmap
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import xxhash
 
 from relevo.core.block_hash import LayerShape
 from relevo.engine.block_streams import STAGED_BLOCKS, BlockStreams
@@ -16,6 +20,7 @@ from relevo.models.layout import KVLayout
 from tests.support.fake_cuda import FakeCuda
 
 NUM_BLOCKS, BLOCK_SIZE = 40, 4
+BLOCK_BYTES, SLOT_BYTES = 1024, 4096
 
 
 @pytest.fixture
@@ -27,14 +32,27 @@ def cuda() -> FakeCuda:
 def cache(cuda: FakeCuda) -> KVCache:
     """Block i is full of i."""
     cache = make_cache()
-    cache.streams = BlockStreams(cache.storage, cuda)
+    cache.streams = BlockStreams(cache.storage, cuda, cuda.hashing)
     return cache
 
 
-def make_cache() -> KVCache:
-    cache = KVCache(
-        KVLayout((LayerShape(2, 8, 8),), torch.float16, block_size=BLOCK_SIZE), NUM_BLOCKS, torch.device("cpu")
-    )
+@pytest.fixture
+def arena() -> memoryview:
+    """Room for NUM_BLOCKS, in shared memory."""
+    return memoryview(mmap.mmap(-1, NUM_BLOCKS * SLOT_BYTES))
+
+
+def slots_of(arena: memoryview, *slots: int) -> list[memoryview]:
+    return [arena[slot * SLOT_BYTES : slot * SLOT_BYTES + BLOCK_BYTES] for slot in slots]
+
+
+def checksums_of(cache: KVCache, *block_ids: int) -> list[int]:
+    return [xxhash.xxh3_64_intdigest(cache.storage[block_id].numpy().data) for block_id in block_ids]
+
+
+def make_cache(kv_heads: int = 2) -> KVCache:
+    layout = KVLayout((LayerShape(kv_heads, 32, 32),), torch.float16, block_size=BLOCK_SIZE)
+    cache = KVCache(layout, NUM_BLOCKS, torch.device("cpu"))
     cache.storage.copy_(torch.arange(NUM_BLOCKS, dtype=torch.uint8)[:, None].expand_as(cache.storage))
     return cache
 
@@ -48,7 +66,7 @@ def launch_write(cuda: FakeCuda, cache: KVCache, block_id: int, value: int) -> N
 
 def test_many_blocks_leave_and_arrive_bit_for_bit(cuda: FakeCuda, cache: KVCache) -> None:
     other = make_cache()
-    other.streams = BlockStreams(other.storage, cuda)
+    other.streams = BlockStreams(other.storage, cuda, cuda.hashing)
     other.storage.zero_()
     ids = list(range(0, 2 * STAGED_BLOCKS, 2))
     places = [block_id + 1 for block_id in ids]
@@ -148,6 +166,96 @@ def test_an_error_leaves_no_copy_under_way_and_the_lane_free(cuda: FakeCuda, cac
         assert (blocks[0] == 1).all()
 
 
+def test_blocks_go_straight_between_cache_and_pinned_slots(cuda: FakeCuda, cache: KVCache, arena: memoryview) -> None:
+    cache.pin(arena)
+    assert list(cuda.registered.values()) == [len(arena)]
+    slots = slots_of(arena, 3, 0, 39)
+    assert cache.send([5, 6, 7], slots) == checksums_of(cache, 5, 6, 7)
+    assert [bytes(slot) for slot in slots] == [bytes([block_id]) * BLOCK_BYTES for block_id in (5, 6, 7)]
+    assert cache.receive([20, 10, 30], slots) == checksums_of(cache, 5, 6, 7)
+    assert cache.storage[[20, 10, 30]].equal(cache.storage[[5, 6, 7]])
+    assert cuda.copied == 6
+
+
+def test_slots_that_are_not_pinned_are_not_touched(cuda: FakeCuda, cache: KVCache, arena: memoryview) -> None:
+    [slot] = slots_of(arena, 0)
+    assert cache.send([5], [slot]) is cache.receive([5], [slot]) is None
+    cache.pin(arena)
+    other = memoryview(bytearray(BLOCK_BYTES))
+    assert cache.send([5, 6], [slot, other]) is cache.receive([5, 6], [slot, other]) is None
+    assert cuda.copied == 0
+    assert not any(slot)
+
+
+def test_what_goes_to_slots_waits_for_steps_as_the_rest(cuda: FakeCuda, cache: KVCache, arena: memoryview) -> None:
+    cache.pin(arena)
+    launch_write(cuda, cache, block_id=3, value=100)
+    launch_write(cuda, cache, block_id=4, value=101)
+    cache.step_settled()
+    assert cache.send([3], slots_of(arena, 0)) == checksums_of(cache, 3)
+    assert (cache.storage[4] == 4).all(), "the step in flight was waited for"
+    assert cache.receive([4], slots_of(arena, 0)) == checksums_of(cache, 3)
+    cuda.compute.run(cuda.compute.num_enqueued)
+    assert (cache.storage[4] == 100).all()
+
+
+def test_what_others_write_to_a_slot_gets_into_no_checksum(cuda: FakeCuda, cache: KVCache, arena: memoryview) -> None:
+    """A writer whose lease has ended and who has not noticed."""
+    cache.pin(arena)
+    [slot] = slots_of(arena, 0)
+
+    def scribble(byte: int) -> None:
+        slot[500] = byte
+
+    cuda.before_hashing = partial(scribble, 99)
+    right = checksums_of(cache, 5)
+    assert cache.send([5], [slot]) == right
+    assert cache.receive([6], [slot]) != right, "what is here is not what was sealed"
+    slot[500] = 5
+    assert cache.receive([6], [slot]) == right, "and what was written since then is not here"
+    assert slot[500] == 99
+
+
+def test_a_new_arena_takes_the_place_of_the_one_before(cuda: FakeCuda, cache: KVCache, arena: memoryview) -> None:
+    cache.pin(arena)
+    new = memoryview(mmap.mmap(-1, SLOT_BYTES))
+    cache.pin(new)
+    assert list(cuda.registered.values()) == [SLOT_BYTES]
+    assert cache.send([5], slots_of(arena, 0)) is None
+    assert cache.send([5], slots_of(new, 0)) == checksums_of(cache, 5)
+
+
+def test_memory_that_cannot_be_pinned_is_told(
+    cuda: FakeCuda, cache: KVCache, arena: memoryview, caplog: pytest.LogCaptureFixture
+) -> None:
+    cuda.refuses_memory = True
+    with caplog.at_level(logging.WARNING):
+        cache.pin(arena)
+    assert "out of memory" in caplog.text
+    assert cache.send([5], slots_of(arena, 0)) is None
+
+
+def test_blocks_too_small_to_be_hashed_on_the_device_are_told(
+    cuda: FakeCuda, arena: memoryview, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = make_cache(kv_heads=1)
+    cache.streams = BlockStreams(cache.storage, cuda)
+    with caplog.at_level(logging.WARNING):
+        cache.pin(arena)
+    assert "512 bytes" in caplog.text
+    assert not cuda.registered
+
+
+def test_an_error_on_the_way_to_a_slot(cuda: FakeCuda, cache: KVCache, arena: memoryview) -> None:
+    cache.pin(arena)
+    for copy in (cache.send, cache.receive) * 2:
+        cuda.fail = RuntimeError("CUDA error: an illegal memory access was encountered")
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            copy([1, 2], slots_of(arena, 0, 1))
+    assert cuda.copied == 0
+    assert cache.send([1], slots_of(arena, 0)) == checksums_of(cache, 1)
+
+
 def test_on_a_cpu_they_are_the_blocks_themselves() -> None:
     cache = make_cache()
     assert cache.streams is None
@@ -157,3 +265,5 @@ def test_on_a_cpu_they_are_the_blocks_themselves() -> None:
     assert (cache.storage[6] == 66).all()
     cache.step_launched()
     cache.step_settled()
+    cache.pin(memoryview(bytearray(BLOCK_BYTES)))
+    assert cache.send([5], [memoryview(bytearray(BLOCK_BYTES))]) is None

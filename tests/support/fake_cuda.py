@@ -11,21 +11,33 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from relevo.engine.block_streams import hash_lanes
+
+_VIEWS = (torch.ops.aten.select.int, torch.ops.aten.slice.Tensor, torch.ops.aten.detach.default)
 
 
 class FakeCuda:
     """What BlockStreams takes for torch.cuda. Streams are made here; `compute` is the current one.
 
-    copied: so many copies have happened
+    copied: so many blocks have been copied
+    hashed: and so many hashed
+    registered: address → bytes of host memory that the device knows
     fail: raised by the next copy that is enqueued
+    before_hashing: called when blocks have been copied, and are hashed next
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.copied = 0
+        self.copied = self.hashed = 0
+        self.registered: dict[int, int] = {}
+        self.refuses_memory = False
         self.fail: Exception | None = None
+        self.before_hashing: Callable[[], None] = lambda: None
         self.compute = FakeStream(self)
+        self._current = threading.local()
 
     def Stream(self, _device: torch.device) -> FakeStream:
         return FakeStream(self)
@@ -38,8 +50,38 @@ class FakeCuda:
 
     @contextmanager
     def stream(self, stream: FakeStream) -> Iterator[None]:
+        self._current.stream = stream
         with _Enqueueing(self, stream):
             yield
+
+    def hashing(self, storage: Tensor, block_ids: Tensor) -> Tensor:
+        """hash_lanes on the stream."""
+        with _disable_current_modes():  # type: ignore[no-untyped-call]  # torch's
+            lanes = torch.zeros(len(block_ids), 8, dtype=torch.int64)
+
+        def hash_them() -> None:
+            self.before_hashing()
+            lanes.copy_(hash_lanes(storage, block_ids))
+            self.hashed += len(block_ids)
+
+        self._current.stream.enqueue(hash_them)
+        return lanes
+
+    def cudart(self) -> FakeCuda:
+        return self
+
+    def cudaHostRegister(self, address: int, num_bytes: int, _flags: int) -> int:
+        if self.refuses_memory:
+            return 2
+        self.registered[address] = num_bytes
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.registered[address]
+        return 0
+
+    def cudaGetErrorString(self, _error: int) -> str:
+        return "out of memory"
 
 
 class FakeStream:
@@ -61,7 +103,7 @@ class FakeStream:
         self.enqueue(lambda: stream.run(position))
 
     def run(self, until: int) -> None:
-        with self._cuda.lock:
+        with self._cuda.lock, _disable_current_modes():  # type: ignore[no-untyped-call]  # torch's
             while self._num_done < until:
                 self._num_done += 1
                 self._work[self._num_done - 1]()
@@ -95,7 +137,7 @@ class _Enqueueing(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.ops.aten.copy_.default:
-            assert func is torch.ops.aten.select.int, f"{func} would not be on the stream"
+            assert func in _VIEWS, f"{func} would not be on the stream"
             return func(*args, **(kwargs or {}))
         target, source, *non_blocking = args
         assert non_blocking == [True] or self._stream is self._cuda.compute, "the host would wait for it"
@@ -106,7 +148,7 @@ class _Enqueueing(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
 
         def copy() -> None:
             np.copyto(into, out_of)
-            self._cuda.copied += 1
+            self._cuda.copied += target.dtype == torch.uint8
 
         self._stream.enqueue(copy)
         return target

@@ -53,6 +53,11 @@ class FakeKVCache:
     def __init__(self, num_blocks: int, block_bytes: int) -> None:
         self.storage = np.zeros((num_blocks, block_bytes), dtype=np.uint8)
 
+    def send(self, block_ids: Sequence[int], slots: Sequence[memoryview]) -> None:
+        return None
+
+    receive = send
+
     def leaving(self, block_ids: Sequence[int]) -> HostBlocks:
         return nullcontext([self.storage[block_id] for block_id in block_ids])
 
