@@ -150,13 +150,15 @@ def test_more_threads_than_lanes_take_turns(cuda: FakeCuda, cache: KVCache) -> N
 
 def test_an_error_leaves_no_copy_under_way_and_the_lane_free(cuda: FakeCuda, cache: KVCache) -> None:
     for _ in range(3):  # more often than there are lanes
-        cuda.fail = RuntimeError("CUDA error: an illegal memory access was encountered")
-        with pytest.raises(RuntimeError, match="CUDA error"), cache.leaving([1]):
+        cuda.fail_after = 1
+        with pytest.raises(RuntimeError, match="CUDA error"), cache.leaving([1, 2]):
             raise AssertionError("blocks that have not left")
-    before = cuda.copied
+        assert cuda.is_idle
+    cuda.fail_after = 1
     with pytest.raises(RuntimeError, match="CUDA error"), cache.arriving([1, 2]) as places:
-        places[0][:] = 77
-        cuda.fail = RuntimeError("CUDA error: an illegal memory access was encountered")
+        places[0][:] = 1
+    assert cuda.is_idle
+    before = cuda.copied
     with pytest.raises(ValueError, match="by the host"), cache.arriving([3]) as places:
         places[0][:] = 78
         raise ValueError("by the host")
@@ -249,11 +251,11 @@ def test_blocks_too_small_to_be_hashed_on_the_device_are_told(
 def test_an_error_on_the_way_to_a_slot(cuda: FakeCuda, cache: KVCache, arena: memoryview) -> None:
     cache.pin(arena)
     for copy in (cache.send, cache.receive) * 2:
-        cuda.fail = RuntimeError("CUDA error: an illegal memory access was encountered")
+        cuda.fail_after = 1
         with pytest.raises(RuntimeError, match="CUDA error"):
             copy([1, 2], slots_of(arena, 0, 1))
-    assert cuda.copied == 0
-    assert cache.send([1], slots_of(arena, 0)) == checksums_of(cache, 1)
+        assert cuda.is_idle
+    assert cache.send([3], slots_of(arena, 0)) == checksums_of(cache, 3)
 
 
 def test_on_a_cpu_they_are_the_blocks_themselves() -> None:

@@ -25,7 +25,7 @@ class FakeCuda:
     copied: so many blocks have been copied
     hashed: and so many hashed
     registered: address → bytes of host memory that the device knows
-    fail: raised by the next copy that is enqueued
+    fail_after: so many copies are enqueued, then one is an error
     before_hashing: called when blocks have been copied, and are hashed next
     """
 
@@ -34,13 +34,28 @@ class FakeCuda:
         self.copied = self.hashed = 0
         self.registered: dict[int, int] = {}
         self.refuses_memory = False
-        self.fail: Exception | None = None
+        self.fail_after: int | None = None
         self.before_hashing: Callable[[], None] = lambda: None
-        self.compute = FakeStream(self)
+        self._streams: list[FakeStream] = []
+        self.compute = self.Stream(torch.device("cpu"))
         self._current = threading.local()
 
     def Stream(self, _device: torch.device) -> FakeStream:
-        return FakeStream(self)
+        self._streams.append(FakeStream(self))
+        return self._streams[-1]
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is under way."""
+        return all(stream.is_idle for stream in self._streams)
+
+    def enqueue_copy(self) -> None:
+        """Raises RuntimeError if this one is to fail."""
+        if self.fail_after == 0:
+            self.fail_after = None
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if self.fail_after is not None:
+            self.fail_after -= 1
 
     def Event(self, *, blocking: bool = False) -> FakeEvent:
         return FakeEvent(blocking)
@@ -56,7 +71,7 @@ class FakeCuda:
 
     def hashing(self, storage: Tensor, block_ids: Tensor) -> Tensor:
         """hash_lanes on the stream."""
-        with _disable_current_modes():  # type: ignore[no-untyped-call]  # torch's
+        with _disable_current_modes():
             lanes = torch.zeros(len(block_ids), 8, dtype=torch.int64)
 
         def hash_them() -> None:
@@ -94,6 +109,10 @@ class FakeStream:
     def num_enqueued(self) -> int:
         return len(self._work)
 
+    @property
+    def is_idle(self) -> bool:
+        return self._num_done == len(self._work)
+
     def enqueue(self, work: Callable[[], None]) -> None:
         with self._cuda.lock:
             self._work.append(work)
@@ -103,7 +122,7 @@ class FakeStream:
         self.enqueue(lambda: stream.run(position))
 
     def run(self, until: int) -> None:
-        with self._cuda.lock, _disable_current_modes():  # type: ignore[no-untyped-call]  # torch's
+        with self._cuda.lock, _disable_current_modes():
             while self._num_done < until:
                 self._num_done += 1
                 self._work[self._num_done - 1]()
@@ -141,9 +160,7 @@ class _Enqueueing(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
             return func(*args, **(kwargs or {}))
         target, source, *non_blocking = args
         assert non_blocking == [True] or self._stream is self._cuda.compute, "the host would wait for it"
-        if self._cuda.fail is not None:
-            error, self._cuda.fail = self._cuda.fail, None
-            raise error
+        self._cuda.enqueue_copy()
         into, out_of = target.numpy(), source.numpy()
 
         def copy() -> None:

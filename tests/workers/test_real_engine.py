@@ -25,7 +25,7 @@ from tests.workers.pair import Pair
 async def running_pair(
     path: Path, tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[tuple[Pair, Agent, FakeCuda]]:
-    """way: "host", or as on a GPU, with streams that do nothing before somebody waits for it, "staged" or "straight"."""
+    """way: "host"; as on a GPU, over streams that do nothing before somebody waits for it: "staged", "straight"."""
     triton_interpreter.mend()
     cuda = FakeCuda()
     arenas: dict[KVCache, memoryview] = {}
@@ -40,10 +40,10 @@ async def running_pair(
         caches = [worker.engine.kv_cache for worker in (prefill, decode)]
         await until(lambda: all(cache in arenas for cache in caches))
         for cache in caches:
-            if way != "host":
-                cache.streams = BlockStreams(cache.storage, cuda, cuda.hashing)
+            streams = BlockStreams(cache.storage, cuda, cuda.hashing)
+            cache.streams = None if way == "host" else streams
             if way == "straight":
-                cache.streams.pin(arenas[cache])
+                streams.pin(arenas[cache])
         yield Pair(to_prefill, to_decode, max_tokens=NUM_TOKENS), agent, cuda
 
 
