@@ -280,8 +280,7 @@ class Engine:
             return []
         self._beams.take({name: its for name, its in candidates.items() if self._beams.has(name)})
         copies, ended, failed = self._beams.advance()
-        for source, target in copies:
-            self.kv_cache.storage[target].copy_(self.kv_cache.storage[source])
+        self.kv_cache.copy_blocks(copies)
         self.num_copied_blocks += len(copies)
         for request, error in failed:
             self._end(request, error)
