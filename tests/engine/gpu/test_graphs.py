@@ -18,7 +18,7 @@ from torch import Tensor
 from relevo.core.sampling_params import SamplingParams
 from relevo.engine.engine import Engine
 from relevo.engine.forward_pass import ForwardPass
-from relevo.engine.graphs import Replay, draft_graph_shapes, graph_shapes
+from relevo.engine.gpu.graphs import Replay, draft_graph_shapes, graph_shapes
 from relevo.engine.spec_decode.draft_model import DraftModelProposer
 from relevo.engine.spec_decode.ngram import NgramProposer
 from relevo.engine.spec_decode.row_costs import RowCosts
