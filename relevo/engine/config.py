@@ -106,6 +106,11 @@ class EngineConfig:
             )
 
     @property
+    def graph_query_lens(self) -> tuple[int, ...]:
+        """Of decode steps as CUDA graphs: tokens of each sequence, with all its drafts or with none."""
+        return tuple(sorted({1, 1 + self.max_drafts}))
+
+    @property
     def max_drafts(self) -> int:
         """A step and request."""
         if self.speculative is None:

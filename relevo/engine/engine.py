@@ -23,7 +23,7 @@ from relevo.core.scheduler import Scheduler
 from relevo.engine.beams import BeamCandidates, BeamGroups, EndedBeams
 from relevo.engine.config import EngineConfig, EngineInfo
 from relevo.engine.forward_pass import ForwardPass
-from relevo.engine.gpu_memory import GpuMemory
+from relevo.engine.gpu_memory import GpuMemory, keep_for_steps
 from relevo.engine.gpu_start import start_on
 from relevo.engine.graphs import CudaCapture
 from relevo.engine.kv_cache import KVCache
@@ -76,7 +76,7 @@ class Engine:
         profile = None
         if memory is not None:
             drafting = None if draft is None or draft_layout is None else Loaded(draft, draft_layout)
-            profile = profile_steps(memory, config, Loaded(model, layout), drafting, kernels, num_graphs=0)
+            profile = profile_steps(memory, config, Loaded(model, layout), drafting, kernels)
         num_blocks = count_blocks(config, layout.block_bytes + draft_bytes, profile)
         max_model_len = find_max_model_len(config, model.max_model_len, num_blocks)
         eos_token_ids = generation_defaults(files).eos_token_ids
@@ -131,10 +131,12 @@ class Engine:
                     query_lens=query_lens,
                 )
 
-        capture_graphs(self.runner.forward, *sorted({1, 1 + config.max_drafts}))
+        capture_graphs(self.runner.forward, *config.graph_query_lens)
         if config.speculative is not None:
             draft_cache = None if draft_layout is None else KVCache(draft_layout, num_blocks, device)
             self.speculator = make_speculator(config, self.runner, draft, draft_cache, capture_graphs)
+        if memory is not None and profile is not None:
+            keep_for_steps(memory, profile)
 
     def make_request(
         self,

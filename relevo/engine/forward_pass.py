@@ -6,7 +6,6 @@ import logging
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from relevo.engine.batch import FlatBatch
 from relevo.engine.graphs import Capture, DecodeGraphs
 from relevo.engine.host_copies import upload
 from relevo.engine.kv_cache import KVCache
+from relevo.engine.shortage import GRAPHS_ADVICE, explain_shortage
 from relevo.kernels import Kernels
 from relevo.models.attention import AttentionContext
 from relevo.models.causal_lm import CausalLM
@@ -48,19 +48,20 @@ class ForwardPass:
     def capture_graphs(
         self, capture: Capture, *, max_num_seqs: int, max_model_len: int, query_lens: tuple[int, ...]
     ) -> None:
-        """See DecodeGraphs. Where the model can't be captured there is a warning, and there are no graphs."""
-        graphs = DecodeGraphs(
-            self.model,
-            self.kv_cache,
-            self.kernels,
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len,
-            query_lens=query_lens,
-        )
+        """See DecodeGraphs. Where the model can't be captured there is a warning, and there are no graphs. Raises
+        OutOfMemory where there is no room for them.
+        """
         try:
-            graphs.capture(capture)
-        except torch.OutOfMemoryError:
-            raise
+            with explain_shortage(self.device, "CUDA graphs", GRAPHS_ADVICE):
+                graphs = DecodeGraphs(
+                    self.model,
+                    self.kv_cache,
+                    self.kernels,
+                    max_num_seqs=max_num_seqs,
+                    max_model_len=max_model_len,
+                    query_lens=query_lens,
+                )
+                graphs.capture(capture)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             logger.warning(

@@ -5,13 +5,17 @@ All sequences share one block of a scratch cache: what they compute is nonsense,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+
+import torch
 
 from relevo.core.request import Request
 from relevo.core.sampling_params import SamplingParams
 from relevo.core.schedule import ScheduledRequest
 from relevo.engine.config import EngineConfig
 from relevo.engine.gpu_memory import GpuMemory, MemoryProfile, profile_memory
+from relevo.engine.graphs import Replay
 from relevo.engine.kv_cache import KVCache
 from relevo.engine.model_runner import ModelRunner
 from relevo.engine.prompt_logprobs import max_rows
@@ -47,44 +51,63 @@ class Loaded:
     layout: KVLayout
 
 
-def profile_steps(
-    memory: GpuMemory,
-    config: EngineConfig,
-    target: Loaded,
-    draft: Loaded | None,
-    kernels: Kernels,
-    *,
-    num_graphs: int,
-) -> MemoryProfile:
-    """Compute the largest step, and see what is taken then. Raises OutOfMemory if there is not even room for that.
+class Rehearsal:
+    """In the place of a capture: computes once what is the largest of its kind, and comes first."""
 
-    num_graphs: CUDA graphs that are to be captured, of decode steps of up to max_num_seqs requests
+    def __init__(self) -> None:
+        self.num_graphs = 0
+
+    def __call__(self, compute: Callable[[], None]) -> Replay:
+        if self.num_graphs == 0:
+            compute()
+        self.num_graphs += 1
+        return compute
+
+
+def profile_steps(
+    memory: GpuMemory, config: EngineConfig, target: Loaded, draft: Loaded | None, kernels: Kernels
+) -> MemoryProfile:
+    """Compute the largest step, and what CUDA graphs are made of, and see what is taken then. Raises OutOfMemory if
+    there is not even room for that.
     """
-    device = memory.device
-    max_model_len = min(config.max_model_len or target.model.max_model_len, target.model.max_model_len)
-    entries = largest_step(config, max_model_len, target.model.vocab_size)
-    runner = ModelRunner(
-        target.model, _scratch(target, memory), kernels, Sampler(target.model.vocab_size, device, kernels), ()
-    )
+    model, device = target.model, memory.device
+    max_model_len = min(config.max_model_len or model.max_model_len, model.max_model_len)
+    entries = largest_step(config, max_model_len, model.vocab_size)
+    sampler = Sampler(model.vocab_size, device, kernels)
+    runner = ModelRunner(model, _scratch(target, device), kernels, sampler, ())
+    graphs = [(runner.forward, config.graph_query_lens)]
     proposer = None
     if draft is not None:
         proposer = DraftModelProposer(
             draft.model,
-            _scratch(draft, memory),
+            _scratch(draft, device),
             kernels,
             (),
-            vocab_size=target.model.vocab_size,
+            vocab_size=model.vocab_size,
             max_rows=config.max_num_batched_tokens,
         )
+        graphs.append((proposer.forward, (1,)))
 
     def compute() -> None:
         runner.run(entries)  # first: the draft model finds room in what torch keeps of it
         if proposer is not None:
             proposer.propose(entries)
 
+    def rehearse() -> int:
+        num_graphs = 0
+        for forward, query_lens in graphs:
+            rehearsal = Rehearsal()
+            forward.capture_graphs(
+                rehearsal, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len, query_lens=query_lens
+            )
+            num_graphs += rehearsal.num_graphs
+        for forward, _ in graphs:
+            forward.graphs = None
+        return num_graphs
+
     what = f"a step of {config.max_num_batched_tokens} tokens of {config.max_num_seqs} requests"
     with explain_shortage(device, what, STEP_ADVICE):
-        return profile_memory(memory, compute, lambda: runner.run(decode_step(config, max_model_len)), num_graphs)
+        return profile_memory(memory, compute, None if config.enforce_eager else rehearse)
 
 
 def largest_step(config: EngineConfig, max_model_len: int, vocab_size: int) -> list[ScheduledRequest]:
@@ -110,17 +133,6 @@ def largest_step(config: EngineConfig, max_model_len: int, vocab_size: int) -> l
     return entries
 
 
-def decode_step(config: EngineConfig, max_model_len: int) -> list[ScheduledRequest]:
-    """One token each of max_num_seqs requests, the first of which has the longest context."""
-    entries = []
-    for at in range(config.max_num_seqs):
-        num_tokens = max(1, max_model_len - 1) if at == 0 else 1
-        request = _request(f"decode-{at}", num_tokens, num_tokens, config.block_size)
-        request.num_computed_tokens = num_tokens - 1
-        entries.append(ScheduledRequest(request, 1))
-    return entries
-
-
 def _request(request_id: str, num_tokens: int, num_slots: int, block_size: int) -> Request:
     """A prompt. num_slots: tokens that its blocks hold"""
     return Request(
@@ -136,7 +148,7 @@ def _request(request_id: str, num_tokens: int, num_slots: int, block_size: int) 
     )
 
 
-def _scratch(loaded: Loaded, memory: GpuMemory) -> KVCache:
-    cache = KVCache(loaded.layout, SCRATCH_BLOCKS, memory.device)
+def _scratch(loaded: Loaded, device: torch.device) -> KVCache:
+    cache = KVCache(loaded.layout, SCRATCH_BLOCKS, device)
     cache.storage.zero_()  # not NaN, of which no token is drawn
     return cache

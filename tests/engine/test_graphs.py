@@ -13,16 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from relevo.core.sampling_params import SamplingParams
 from relevo.engine.engine import Engine
 from relevo.engine.forward_pass import ForwardPass
 from relevo.engine.graphs import Replay, graph_sizes
+from relevo.engine.shortage import OutOfMemory
 from relevo.engine.spec_decode.ngram import NgramProposer
 from relevo.engine.spec_decode.row_costs import RowCosts
 from relevo.engine.spec_decode.speculator import Speculator
-from relevo.kernels import reference
 from tests.engine.test_parity import generate, make_engine
 from tests.support.tiny_models import TinyModels
 
@@ -58,17 +57,6 @@ def capture(engine: Engine, *query_lens: int) -> Recomputing:
     )
     assert engine.runner.forward.graphs is not None
     return recomputing
-
-
-@pytest.fixture
-def skips_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    store_kv = reference.store_kv
-
-    def skipping(key: Tensor, value: Tensor, k: Tensor, v: Tensor, slots: Tensor, *scales: Tensor | None) -> None:
-        real = slots >= 0
-        store_kv(key[real], value[real], k, v, slots[real], *scales)
-
-    monkeypatch.setattr(reference, "store_kv", skipping)
 
 
 def engine_of(tiny_models: TinyModels, **options: Any) -> Engine:
@@ -155,5 +143,5 @@ def test_where_a_model_cannot_be_captured_there_are_no_graphs(
     def exhaust(compute: Callable[[], None]) -> Replay:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(OutOfMemory, match=r"out of memory for CUDA graphs .*or set enforce_eager"):
         forward.capture_graphs(exhaust, max_num_seqs=4, max_model_len=64, query_lens=(1,))
