@@ -161,9 +161,7 @@ def test_no_warning_where_the_share_is_there(gpu: FakeGpu, caplog: pytest.LogCap
 def test_kv_memory_that_was_given_is_taken_as_it_is(gpu: FakeGpu) -> None:
     config = EngineConfig(kv_cache_memory=60 * GIB, gpu_memory_utilization=0.1)
     assert count_blocks(config, BLOCK_BYTES, PROFILE) == 60 * GIB // BLOCK_BYTES
-    with pytest.raises(
-        StartupError, match=r"60.00 GiB does not fit: 59.00 GiB are free .*weights 16.00 GiB"
-    ):
+    with pytest.raises(StartupError, match=r"60.00 GiB does not fit: 59.00 GiB are free .*weights 16.00 GiB"):
         count_blocks(config, BLOCK_BYTES, replace(PROFILE, graphs=2 * GIB))
 
 
