@@ -42,9 +42,9 @@ class EngineConfig:
     adaptive_speculation: drafts only where they are expected to pay
     threads: that compute on a CPU; None: as many as there are cores for this process
     turn_file: shared by the engines of a host that compute one at a time, each with all cores; see Turns
-    gpu_lock_dir: folder shared by the engines of a GPU, which start one at a time; None: where temporary files go
     enforce_eager: no CUDA graphs: every kernel is launched in every step
     async_scheduling: launch a step before the tokens of the one before it are read; None: on a GPU
+    gpu_lock_dir: folder shared by the engines of a GPU, which start one at a time; None: where temporary files go
     """
 
     model: str | None = None
@@ -68,9 +68,9 @@ class EngineConfig:
     adaptive_speculation: bool = True
     threads: int | None = None
     turn_file: str | None = None
-    gpu_lock_dir: str | None = None
     enforce_eager: bool = False
     async_scheduling: bool | None = None
+    gpu_lock_dir: str | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -104,11 +104,6 @@ class EngineConfig:
             raise StartupError(
                 f"num_speculative_tokens must be at most {MAX_DRAFTS}, not {self.num_speculative_tokens}"
             )
-
-    @property
-    def graph_query_lens(self) -> tuple[int, ...]:
-        """Of decode steps as CUDA graphs: tokens of each sequence, with all its drafts or with none."""
-        return tuple(sorted({1, 1 + self.max_drafts}))
 
     @property
     def max_drafts(self) -> int:

@@ -9,9 +9,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
-import torch
-
-from relevo.allocator import keep_freed_memory
 from relevo.core.block_hash import BlockHash, root_hash
 from relevo.core.block_pool import BlockPool
 from relevo.core.errors import InvalidRequest, RelevoError
@@ -21,32 +18,21 @@ from relevo.core.sampling_params import SamplingParams
 from relevo.core.schedule import SchedulerConfig, SchedulerOutput
 from relevo.core.scheduler import Scheduler
 from relevo.engine.beams import BeamCandidates, BeamGroups, EndedBeams
-from relevo.engine.config import EngineConfig, EngineInfo
-from relevo.engine.forward_pass import ForwardPass
-from relevo.engine.gpu_memory import GpuMemory, keep_for_steps
+from relevo.engine.config import EngineConfig
 from relevo.engine.gpu_start import start_on
-from relevo.engine.graphs import CudaCapture
-from relevo.engine.kv_cache import KVCache
-from relevo.engine.largest_step import Loaded, profile_steps
-from relevo.engine.loading import kv_dtype, load_configured
 from relevo.engine.logits_processors import make_processor
-from relevo.engine.model_runner import ModelRunner
+from relevo.engine.parts import EngineParts, load_parts
 from relevo.engine.prompt_logprobs import max_rows
 from relevo.engine.rates import EngineRates
-from relevo.engine.sampler import Sampler
 from relevo.engine.shortage import STEP_ADVICE, explain_shortage
-from relevo.engine.sizing import choose_device, count_blocks, find_max_model_len
-from relevo.engine.spec_decode.make import load_draft_model, make_speculator
+from relevo.engine.sizing import choose_device
 from relevo.engine.spec_decode.speculator import Speculator
 from relevo.engine.step import Step, chunks_of, runs_ahead
 from relevo.engine.step_result import EndedRequest, EngineLoad, PromptLogprobs, Reserved, StepResult
-from relevo.engine.threads import set_num_threads
 from relevo.engine.turns import Turns
 from relevo.grammar.compiler import GrammarCompiler
 from relevo.grammar.matcher import start_matching
-from relevo.kernels import load_backend
-from relevo.model_files import TOKENIZER_FILE, generation_defaults, resolve_model
-from relevo.models.layout import KVLayout
+from relevo.model_files import TOKENIZER_FILE
 from relevo.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -60,83 +46,37 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         device = choose_device(config.device)
         with start_on(device, config.gpu_lock_dir) as memory, explain_shortage(device, "the engine", STEP_ADVICE):
-            self._build(config, device, memory)
+            parts = load_parts(config, device, memory)
+            self.info, self.kv_cache, self.runner = parts.info, parts.kv_cache, parts.runner
+            self._turns = Turns(config.turn_file) if config.turn_file and device.type == "cpu" else nullcontext()
+            self._grammars = _make_grammars(parts)
+            self._compiling: dict[str, Request] = {}  # submitted, and not with the scheduler yet
+            self._cancelled: list[EndedRequest] = []
+            self.num_copied_blocks = 0  # for beams that part
+            self._may_run_ahead = device.type == "cuda" if config.async_scheduling is None else config.async_scheduling
+            self._in_flight: Step | None = None
+            self._settled_at = 0.0  # the last step; on the clock of time.monotonic
+            self.speculator: Speculator | None = None  # to be exchanged only between requests
+            self._begin(config)
+            self._warm_up()
+            parts.capture_graphs(config)
+            self.speculator = parts.make_speculator(config)
+            parts.keep_for_steps(memory)
+            self._begin(config)
 
-    def _build(self, config: EngineConfig, device: torch.device, memory: GpuMemory | None) -> None:
-        """memory: of a GPU"""
-        files = resolve_model(config.model, weights=config.load_format != "dummy")
-        set_num_threads(config.threads)
-        kernels = load_backend(config.attention_backend, device.type)
-        model = load_configured(config, files, kernels, device)
-        keep_freed_memory()
-        layout = KVLayout(layers=model.layout_layers, dtype=kv_dtype(config, model), block_size=config.block_size)
-        draft = load_draft_model(config, kernels, device)
-        draft_layout = None if draft is None else KVLayout(draft.layout_layers, draft.dtype, config.block_size)
-        draft_bytes = 0 if draft_layout is None else draft_layout.block_bytes
-        profile = None
-        if memory is not None:
-            drafting = None if draft is None or draft_layout is None else Loaded(draft, draft_layout)
-            profile = profile_steps(memory, config, Loaded(model, layout), drafting, kernels)
-        num_blocks = count_blocks(config, layout.block_bytes + draft_bytes, profile)
-        max_model_len = find_max_model_len(config, model.max_model_len, num_blocks)
-        eos_token_ids = generation_defaults(files).eos_token_ids
-        self.info = EngineInfo(
-            model_name=files.name,
-            fingerprint=layout.fingerprint(*model.fingerprint_parts),
-            block_size=config.block_size,
-            block_bytes=layout.block_bytes,
-            num_blocks=num_blocks,
-            max_model_len=max_model_len,
-            vocab_size=model.vocab_size,
-            eos_token_ids=eos_token_ids,
-            max_num_seqs=config.max_num_seqs,
-        )
-        self.kv_cache = KVCache(layout, num_blocks, device)
+    def _begin(self, config: EngineConfig) -> None:
+        """With nothing known, measured or cached."""
         self.scheduler = Scheduler(
             SchedulerConfig(
                 config.max_num_seqs,
                 config.max_num_batched_tokens,
                 config.block_size,
-                max_prompt_logprobs=max_rows(model.vocab_size),
+                max_prompt_logprobs=max_rows(self.info.vocab_size),
             ),
-            BlockPool(num_blocks),
+            BlockPool(self.info.num_blocks),
         )
-        sampler = Sampler(model.vocab_size, device, kernels)
-        self.runner = ModelRunner(model, self.kv_cache, kernels, sampler, eos_token_ids)
-        self._turns = Turns(config.turn_file) if config.turn_file and device.type == "cpu" else nullcontext()
-        self._grammars = GrammarCompiler(
-            lambda: Tokenizer.from_files(files), eos_token_ids, vocab_size=model.vocab_size, compile_seconds=math.inf
-        )
-        if (files.path / TOKENIZER_FILE).is_file():  # another form would have to be converted
-            self._grammars.prepare()
-        self._compiling: dict[str, Request] = {}  # submitted, and not with the scheduler yet
-        self._cancelled: list[EndedRequest] = []
         self._beams = BeamGroups(self.scheduler)
-        self.num_copied_blocks = 0  # for beams that part
-        self._may_run_ahead = device.type == "cuda" if config.async_scheduling is None else config.async_scheduling
-        self._in_flight: Step | None = None
-        self._settled_at = 0.0  # the last step; on the clock of time.monotonic
         self._rates = EngineRates(config.block_size, config.step_stretch)
-        # To be exchanged only between requests.
-        self.speculator: Speculator | None = None
-        self._warm_up()
-        capture = CudaCapture(device) if device.type == "cuda" and not config.enforce_eager else None
-
-        def capture_graphs(forward: ForwardPass, *query_lens: int) -> None:
-            if capture is not None:
-                forward.capture_graphs(
-                    capture,
-                    max_num_seqs=config.max_num_seqs,
-                    max_model_len=max_model_len,
-                    query_lens=query_lens,
-                )
-
-        capture_graphs(self.runner.forward, *config.graph_query_lens)
-        if config.speculative is not None:
-            draft_cache = None if draft_layout is None else KVCache(draft_layout, num_blocks, device)
-            self.speculator = make_speculator(config, self.runner, draft, draft_cache, capture_graphs)
-        if memory is not None and profile is not None:
-            keep_for_steps(memory, profile)
 
     def make_request(
         self,
@@ -341,8 +281,7 @@ class Engine:
             return []
         self._beams.take({name: its for name, its in candidates.items() if self._beams.has(name)})
         copies, ended, failed = self._beams.advance()
-        for source, target in copies:
-            self.kv_cache.storage[target].copy_(self.kv_cache.storage[source])
+        self.kv_cache.copy_blocks(copies)
         self.num_copied_blocks += len(copies)
         for request, error in failed:
             self._end(request, error)
@@ -397,7 +336,14 @@ class Engine:
             self.submit(self.make_request("warm-up", prompt, SamplingParams(max_tokens=2, temperature=0.0, seed=0)))
         while self.has_unfinished_requests:
             self.step()
-        self.scheduler = Scheduler(self.scheduler.config, BlockPool(self.info.num_blocks))
-        self._beams = BeamGroups(self.scheduler)
-        self._rates = EngineRates(self.info.block_size, self._rates.step_stretch)
         logger.debug("warm-up took %.2f s", time.perf_counter() - started)
+
+
+def _make_grammars(parts: EngineParts) -> GrammarCompiler:
+    files, info = parts.files, parts.info
+    grammars = GrammarCompiler(
+        lambda: Tokenizer.from_files(files), info.eos_token_ids, vocab_size=info.vocab_size, compile_seconds=math.inf
+    )
+    if (files.path / TOKENIZER_FILE).is_file():  # another form would have to be converted
+        grammars.prepare()
+    return grammars

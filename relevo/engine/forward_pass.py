@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from relevo.engine.batch import FlatBatch
-from relevo.engine.graphs import Capture, DecodeGraphs
+from relevo.engine.graphs import Capture, DecodeGraphs, GraphShape
 from relevo.engine.host_copies import upload
 from relevo.engine.kv_cache import KVCache
-from relevo.engine.shortage import GRAPHS_ADVICE, explain_shortage
+from relevo.engine.shortage import GRAPH_ADVICE, explain_shortage
 from relevo.kernels import Kernels
 from relevo.models.attention import AttentionContext
 from relevo.models.causal_lm import CausalLM
@@ -45,22 +46,13 @@ class ForwardPass:
         self.device = kv_cache.storage.device
         self.graphs: DecodeGraphs | None = None
 
-    def capture_graphs(
-        self, capture: Capture, *, max_num_seqs: int, max_model_len: int, query_lens: tuple[int, ...]
-    ) -> None:
+    def capture_graphs(self, capture: Capture, shapes: Sequence[GraphShape], max_model_len: int) -> None:
         """See DecodeGraphs. Where the model can't be captured there is a warning, and there are no graphs. Raises
         OutOfMemory where there is no room for them.
         """
         try:
-            with explain_shortage(self.device, "CUDA graphs", GRAPHS_ADVICE):
-                graphs = DecodeGraphs(
-                    self.model,
-                    self.kv_cache,
-                    self.kernels,
-                    max_num_seqs=max_num_seqs,
-                    max_model_len=max_model_len,
-                    query_lens=query_lens,
-                )
+            with explain_shortage(self.device, "CUDA graphs", GRAPH_ADVICE):
+                graphs = DecodeGraphs(self.model, self.kv_cache, self.kernels, shapes, max_model_len)
                 graphs.capture(capture)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]

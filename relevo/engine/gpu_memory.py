@@ -22,7 +22,6 @@ from relevo.engine.shortage import STEP_ADVICE, OutOfMemory, explain_shortage, g
 logger = logging.getLogger(__name__)
 
 CONTEXT_BYTES = 512 << 20  # an allowance, for where the driver's library does not tell what our context takes
-GRAPH_BYTES = 16 << 20  # an allowance, for what each CUDA graph takes beside the memory that it computes in
 SPARE_SHARE = 0.02  # of the total: left free where others hold so much that our share is not there
 
 
@@ -104,8 +103,8 @@ def profile_memory(
 ) -> MemoryProfile:
     """Compute the largest step that there can be, and look. Weights are loaded; neither leaves anything allocated.
 
-    rehearse: compute what CUDA graphs are to be captured of, the largest of each kind, with their buffers; returns how
-        many graphs there will be
+    rehearse: compute what CUDA graphs are to be captured of, the largest of each kind, with their buffers; returns what
+        they take beside that
     """
     device = memory.device
     torch.cuda.synchronize(device)
@@ -118,10 +117,10 @@ def profile_memory(
     if rehearse is not None:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        num_graphs = rehearse()
+        graphs = rehearse()
         torch.cuda.synchronize(device)
         # They compute in a pool of their own, which all of them share: the largest one's.
-        graphs = torch.cuda.max_memory_allocated(device) - before + num_graphs * GRAPH_BYTES
+        graphs += torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
     outside = memory.taken() - memory.reserved_since()
     free, _ = torch.cuda.mem_get_info(device)
@@ -134,6 +133,7 @@ def keep_for_steps(memory: GpuMemory, profile: MemoryProfile) -> None:
     """When all else is there: let torch take what the largest step needs, and keep it. So nobody else can, and no step
     has to ask for it. (Capturing graphs gives back what torch had kept before.)
     """
+    torch.cuda.empty_cache()  # what smaller steps have left would come on top
     with explain_shortage(memory.device, "the largest step", STEP_ADVICE):
         _allocate_once(memory.device, profile.step)
     logger.info("memory of %s: %s taken in all", memory.device, gib(memory.taken()))

@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from relevo.engine.batch import FlatBatch
-from relevo.engine.host_copies import Array, pack, unpack
+from relevo.engine.host_copies import Array, pack, unpack, upload
 from relevo.engine.kv_cache import KVCache
 from relevo.kernels import AttentionMetadata, Kernels
 from relevo.models.attention import AttentionContext
@@ -33,15 +34,35 @@ logger = logging.getLogger(__name__)
 
 NUM_WARM_UPS = 2  # before a capture: kernels are compiled, workspaces allocated
 NOWHERE = -1  # a slot
+GRAPH_BYTES = 16 << 20  # an allowance, for what the driver keeps of a graph
 
 Replay = Callable[[], None]
 Capture = Callable[[Callable[[], None]], Replay]  # of what computes from static buffers into static buffers
 
 
-def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Ascending: few, since each takes time and memory, yet never half of a batch is padding."""
+class GraphShape(NamedTuple):
+    """Sequences, and of each so many tokens, at most."""
+
+    num_seqs: int
+    query_len: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_seqs * self.query_len
+
+
+def graph_shapes(max_num_seqs: int, max_drafts: int) -> list[GraphShape]:
+    """Ascending: few, since each takes time and memory, yet never half of a batch is padding. With drafts twice as
+    many: for steps without them, and with all of them.
+    """
     steps = [*(1, 2, 4), *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs, 32)]
-    return [*(size for size in steps if size < max_num_seqs), max_num_seqs]
+    sizes = [*(size for size in steps if size < max_num_seqs), max_num_seqs]
+    return [GraphShape(size, query_len) for query_len in sorted({1, 1 + max_drafts}) for size in sizes]
+
+
+def draft_graph_shapes(max_num_seqs: int) -> list[GraphShape]:
+    """Of a draft model: a token that it lacks, or two, where all drafts were accepted; then one after the other."""
+    return graph_shapes(max_num_seqs, 1)
 
 
 class CudaCapture:
@@ -66,7 +87,7 @@ class CudaCapture:
 
 
 class DecodeGraphs:
-    """The graphs, by (sequences, tokens of each at most), and the buffers that they compute from.
+    """The graphs, and the buffers that they compute from.
 
     Of n sequences with at most q tokens each, one copy from pinned memory brings
 
@@ -81,21 +102,20 @@ class DecodeGraphs:
         model: CausalLM,
         kv_cache: KVCache,
         kernels: Kernels,
-        *,
-        max_num_seqs: int,
+        shapes: Sequence[GraphShape],
         max_model_len: int,
-        query_lens: tuple[int, ...] = (1,),
     ) -> None:
-        """query_lens: ascending; a batch takes the first that holds its sequences' tokens."""
-        self.sizes = graph_sizes(max_num_seqs)
-        self.query_lens = query_lens
+        """shapes: as graph_shapes gives them"""
         self._model = model
         self._kernels = kernels
         self._layers = kv_cache.layers
         self._device = device = kv_cache.storage.device
         self._max_model_len = max_model_len
-        self._graphs: dict[tuple[int, int], Replay] = {}
-        max_tokens = max_num_seqs * query_lens[-1]
+        self._shapes = shapes
+        self._sizes = sorted({shape.num_seqs for shape in shapes})
+        self._query_lens = sorted({shape.query_len for shape in shapes})
+        self._graphs: dict[GraphShape, Replay] = {}
+        max_num_seqs, max_tokens = self._sizes[-1], shapes[-1].num_tokens
         max_blocks = -(-max_model_len // kv_cache.layout.block_size)
         self._token_ids = torch.zeros(max_tokens, dtype=torch.int64, device=device)
         self._positions = torch.zeros_like(self._token_ids)
@@ -110,23 +130,17 @@ class DecodeGraphs:
     def capture(self, capture: Capture) -> None:
         """All sizes, the largest first: the others find room in its memory."""
         self._slots.fill_(NOWHERE)
-        for query_len in reversed(self.query_lens):
-            for size in reversed(self.sizes):
-                self._graphs[size, query_len] = capture(partial(self._compute, size, query_len))
+        for shape in reversed(self._shapes):
+            self._graphs[shape] = capture(partial(self._compute, shape))
 
     def takes(self, batch: FlatBatch) -> bool:
-        """Whether it fits a graph: few tokens a sequence, and the logits of all of them."""
-        return (
-            batch.max_query_len <= self.query_lens[-1]
-            and batch.num_seqs <= self.sizes[-1]
-            and len(batch.logits_indices) == batch.num_tokens
-            and bool((batch.logits_indices == np.arange(batch.num_tokens)).all())
-        )
+        """Whether it fits a graph: few sequences, of few tokens each."""
+        return batch.num_seqs <= self._sizes[-1] and batch.max_query_len <= self._query_lens[-1]
 
     def fill(self, batch: FlatBatch) -> Tensor:
         """Bring a batch that it takes into the buffers. Returns that of the token ids, whose values may be replaced."""
-        size, query_len = self._padded(batch)
-        num_tokens = size * query_len
+        shape = self._padded(batch)
+        size, num_tokens = shape.num_seqs, shape.num_tokens
         arrays: list[Array] = [
             _padded_to(num_tokens, batch.token_ids, 0),
             _padded_to(num_tokens, batch.positions, 0),
@@ -150,25 +164,27 @@ class DecodeGraphs:
         return self._token_ids
 
     def replay(self, batch: FlatBatch) -> Tensor:
-        """Logits of the batch that was filled in, [num_tokens, vocab_size] float32, until the next replay."""
+        """Of the batch that was filled in: [len(batch.logits_indices), vocab_size] float32, until the next replay."""
         self._graphs[self._padded(batch)]()
-        return self._logits[: batch.num_tokens]
+        if np.array_equal(batch.logits_indices, np.arange(batch.num_tokens)):
+            return self._logits[: batch.num_tokens]
+        return self._logits.index_select(0, upload([batch.logits_indices], self._device)[0])
 
-    def _padded(self, batch: FlatBatch) -> tuple[int, int]:
-        return (
-            self.sizes[bisect_left(self.sizes, batch.num_seqs)],
-            self.query_lens[bisect_left(self.query_lens, batch.max_query_len)],
+    def _padded(self, batch: FlatBatch) -> GraphShape:
+        return GraphShape(
+            self._sizes[bisect_left(self._sizes, batch.num_seqs)],
+            self._query_lens[bisect_left(self._query_lens, batch.max_query_len)],
         )
 
-    def _compute(self, size: int, query_len: int) -> None:
+    def _compute(self, shape: GraphShape) -> None:
         """A pass over the buffers."""
-        num_tokens = size * query_len
+        size, num_tokens = shape.num_seqs, shape.num_tokens
         metadata = AttentionMetadata(
             block_table=self._block_table[:size],
             slot_mapping=self._slots[:num_tokens],
             seq_lens=self._seq_lens[:size],
             cu_seqlens_q=self._cu_seqlens_q[: size + 1],
-            max_query_len=query_len,
+            max_query_len=shape.query_len,
             max_seq_len=self._max_model_len,
         )
         context = AttentionContext(metadata, self._layers, self._kernels)

@@ -14,8 +14,9 @@ from relevo.core.request import Request
 from relevo.core.sampling_params import SamplingParams
 from relevo.core.schedule import ScheduledRequest
 from relevo.engine.config import EngineConfig
+from relevo.engine.forward_pass import ForwardPass
 from relevo.engine.gpu_memory import GpuMemory, MemoryProfile, profile_memory
-from relevo.engine.graphs import Replay
+from relevo.engine.graphs import GRAPH_BYTES, Replay, draft_graph_shapes, graph_shapes
 from relevo.engine.kv_cache import KVCache
 from relevo.engine.model_runner import ModelRunner
 from relevo.engine.prompt_logprobs import max_rows
@@ -52,15 +53,15 @@ class Loaded:
 
 
 class Rehearsal:
-    """In the place of a capture: computes once what is the largest of its kind, and comes first."""
+    """In the place of a capture: only computes, and only what comes first, the largest."""
 
     def __init__(self) -> None:
-        self.num_graphs = 0
+        self._is_over = False
 
     def __call__(self, compute: Callable[[], None]) -> Replay:
-        if self.num_graphs == 0:
+        if not self._is_over:
             compute()
-        self.num_graphs += 1
+        self._is_over = True
         return compute
 
 
@@ -75,18 +76,13 @@ def profile_steps(
     entries = largest_step(config, max_model_len, model.vocab_size)
     sampler = Sampler(model.vocab_size, device, kernels)
     runner = ModelRunner(model, _scratch(target, device), kernels, sampler, ())
-    graphs = [(runner.forward, config.graph_query_lens)]
+    graphs = [(runner.forward, graph_shapes(config.max_num_seqs, config.max_drafts))]
     proposer = None
     if draft is not None:
-        proposer = DraftModelProposer(
-            draft.model,
-            _scratch(draft, device),
-            kernels,
-            (),
-            vocab_size=model.vocab_size,
-            max_rows=config.max_num_batched_tokens,
-        )
-        graphs.append((proposer.forward, (1,)))
+        drafting = ForwardPass(draft.model, _scratch(draft, device), kernels)
+        budget = config.max_num_batched_tokens
+        proposer = DraftModelProposer(drafting, (), vocab_size=model.vocab_size, max_rows=budget)
+        graphs.append((drafting, draft_graph_shapes(config.max_num_seqs)))
 
     def compute() -> None:
         runner.run(entries)  # first: the draft model finds room in what torch keeps of it
@@ -94,16 +90,11 @@ def profile_steps(
             proposer.propose(entries)
 
     def rehearse() -> int:
-        num_graphs = 0
-        for forward, query_lens in graphs:
-            rehearsal = Rehearsal()
-            forward.capture_graphs(
-                rehearsal, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len, query_lens=query_lens
-            )
-            num_graphs += rehearsal.num_graphs
+        for forward, shapes in graphs:
+            forward.capture_graphs(Rehearsal(), shapes, max_model_len)
         for forward, _ in graphs:
             forward.graphs = None
-        return num_graphs
+        return sum(len(shapes) for _, shapes in graphs) * GRAPH_BYTES
 
     what = f"a step of {config.max_num_batched_tokens} tokens of {config.max_num_seqs} requests"
     with explain_shortage(device, what, STEP_ADVICE):

@@ -45,15 +45,18 @@ class LaunchedStep:
 
     sampling: what choose tokens, in the order of tokens' rows
     read_prompts: see PromptRows.enqueue
+    settled: to be called when its results are known
     """
 
     sampling: Sequence[ScheduledRequest]
     tokens: EnqueuedTokens
     read_prompts: Callable[[], dict[str, list[TokenLogprobs]]]
+    settled: Callable[[], None]
 
     def wait(self) -> RunResult:
         drawn = iter(self.tokens.read())
         result = RunResult({}, {}, self.read_prompts())
+        self.settled()
         for entry in self.sampling:
             own_drawn = list(islice(drawn, 1 + len(entry.draft_token_ids)))
             if isinstance(own_drawn[0], list):
@@ -116,4 +119,7 @@ class ModelRunner:
         batch = flat_batch(token_ids, spans, sampled_rows + prompt_rows.indices, self._block_size)
         logits = self.forward(batch, before.late_tokens(scheduled) if before else None)
         tokens = self.sampler.enqueue(logits[: len(rows)], rows, masks.result() if masks else None)
-        return LaunchedStep(sampling, tokens, prompt_rows.enqueue(self.kernels, logits[len(rows) :]))
+        read_prompts = prompt_rows.enqueue(self.kernels, logits[len(rows) :])
+        kv_cache = self.forward.kv_cache
+        kv_cache.step_launched()
+        return LaunchedStep(sampling, tokens, read_prompts, kv_cache.step_settled)

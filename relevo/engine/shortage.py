@@ -11,8 +11,8 @@ from relevo.core.errors import StartupError
 
 LOADING_ADVICE = "take a smaller model or dtype, or end what else uses this memory"
 STEP_ADVICE = "lower max_num_batched_tokens or max_num_seqs"
-GRAPHS_ADVICE = "lower gpu_memory_utilization, kv_cache_memory or max_num_seqs, or set enforce_eager"
 SERVING_ADVICE = f"{STEP_ADVICE}, or gpu_memory_utilization where others take memory of this GPU"
+GRAPH_ADVICE = "lower max_num_seqs or gpu_memory_utilization, or set enforce_eager"
 KV_ADVICE = "lower kv_cache_memory or gpu_memory_utilization"
 
 # Beside torch.OutOfMemoryError: what CUDA, its libraries and Triton say of memory that torch does not hand out, and

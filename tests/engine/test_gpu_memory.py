@@ -18,7 +18,6 @@ from relevo.engine import gpu_start
 from relevo.engine.config import EngineConfig
 from relevo.engine.gpu_memory import (
     CONTEXT_BYTES,
-    GRAPH_BYTES,
     GpuMemory,
     MemoryProfile,
     first_touch,
@@ -51,7 +50,7 @@ def load(gpu: FakeGpu) -> GpuMemory:
     return memory
 
 
-def profile_of(gpu: FakeGpu, memory: GpuMemory, *, num_graphs: int = 0) -> MemoryProfile:
+def profile_of(gpu: FakeGpu, memory: GpuMemory, *, graph_bytes: int = 0) -> MemoryProfile:
     """A step of 2 GiB, with ½ GiB of code; graphs' buffers of ¼ and memory for the largest of ½ GiB."""
 
     def largest_step() -> None:
@@ -62,20 +61,20 @@ def profile_of(gpu: FakeGpu, memory: GpuMemory, *, num_graphs: int = 0) -> Memor
     def rehearse() -> int:
         with gpu.allocated(GIB // 4), gpu.allocated(GIB // 2):
             pass
-        return num_graphs
+        return graph_bytes
 
-    return profile_memory(memory, largest_step, rehearse if num_graphs else None)
-
-
-def load_and_profile(gpu: FakeGpu, *, num_graphs: int = 0) -> MemoryProfile:
-    return profile_of(gpu, load(gpu), num_graphs=num_graphs)
+    return profile_memory(memory, largest_step, rehearse if graph_bytes else None)
 
 
-def start(gpu: FakeGpu, utilization: float, *, num_graphs: int = 0) -> int:
+def load_and_profile(gpu: FakeGpu, *, graph_bytes: int = 0) -> MemoryProfile:
+    return profile_of(gpu, load(gpu), graph_bytes=graph_bytes)
+
+
+def start(gpu: FakeGpu, utilization: float, *, graph_bytes: int = 0) -> int:
     """An engine in a process of its own, which takes its KV cache: how large that is."""
     gpu.new_process()
     memory = load(gpu)
-    profile = profile_of(gpu, memory, num_graphs=num_graphs)
+    profile = profile_of(gpu, memory, graph_bytes=graph_bytes)
     kv_bytes = profile.kv_bytes(utilization)
     gpu.allocate(kv_bytes)
     gpu.allocate(profile.graphs)
@@ -132,10 +131,10 @@ def test_memory_that_others_free_meanwhile_does_not_become_ours(gpu: FakeGpu) ->
 
 
 def test_graphs_have_room_beside_the_kv_cache(gpu: FakeGpu) -> None:
-    graphs = 20 * GRAPH_BYTES + 3 * GIB // 4
-    assert load_and_profile(gpu, num_graphs=20) == replace(PROFILE, graphs=graphs)
+    graphs = GIB + 3 * GIB // 4
+    assert load_and_profile(gpu, graph_bytes=GIB) == replace(PROFILE, graphs=graphs)
     gpu.processes.clear()
-    assert start(gpu, 0.9, num_graphs=20) == 53 * GIB - graphs
+    assert start(gpu, 0.9, graph_bytes=GIB) == 53 * GIB - graphs
     assert gpu.running.taken == 72 * GIB
 
 

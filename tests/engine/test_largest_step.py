@@ -14,9 +14,11 @@ from relevo.core.errors import RelevoError
 from relevo.core.sampling_params import SamplingParams
 from relevo.core.schedule import ScheduledRequest
 from relevo.engine import engine as engine_module
+from relevo.engine import parts
 from relevo.engine.config import EngineConfig
 from relevo.engine.engine import Engine
-from relevo.engine.gpu_memory import GRAPH_BYTES, GpuMemory
+from relevo.engine.gpu_memory import GpuMemory
+from relevo.engine.graphs import GRAPH_BYTES
 from relevo.engine.largest_step import largest_step
 from relevo.engine.model_runner import ModelRunner, RunResult
 from relevo.engine.shortage import OutOfMemory
@@ -74,23 +76,23 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     gpu = FakeGpu()
     gpu.install(monkeypatch)
     monkeypatch.setattr(engine_module, "start_on", lambda device, lock_dir: started_on(gpu))
-    module: Any = engine_module
-    load_configured = module.load_configured
+    load_configured: Any = vars(parts)["load_configured"]
 
     def load(*args: Any) -> CausalLM:
         gpu.running.allocated += 16 * GIB
         model: CausalLM = load_configured(*args)
         return model
 
-    monkeypatch.setattr(engine_module, "load_configured", load)
+    monkeypatch.setattr(parts, "load_configured", load)
     return gpu
 
 
 # Of graphs: how many, and the rows of the largest.
 @pytest.mark.parametrize(
     ("speculative", "enforce_eager", "num_graphs", "graph_rows"),
-    [(None, False, 2, 2), (None, True, 0, 0), ("draft", False, 4 + 2, 8), ("ngram", False, 4, 8)],
+    [(None, False, 2, 2), (None, True, 0, 0), ("draft", False, 4 + 4, 8), ("ngram", False, 4, 8)],
 )
+@pytest.mark.usefixtures("skips_padding")
 def test_engine_computes_it_and_takes_what_is_left(
     speculative: str | None,
     enforce_eager: bool,
@@ -99,7 +101,6 @@ def test_engine_computes_it_and_takes_what_is_left(
     gpu: FakeGpu,
     tiny_models: TinyModels,
     monkeypatch: pytest.MonkeyPatch,
-    skips_padding: None,
 ) -> None:
     """The stand-in's memory grows as the step's logits do: half a gibibyte for every row."""
     path = str(tiny_models.path("llama"))
@@ -146,6 +147,7 @@ def test_engine_computes_it_and_takes_what_is_left(
     kv_bytes = int(0.37 * 80 * GIB) - 16 * GIB - GIB // 2 - most_rows * GIB // 2 - graphs
     block_bytes = engine.info.block_bytes * (2 if speculative == "draft" else 1)
     assert engine.info.num_blocks == kv_bytes // block_bytes
+    assert gpu.running.cached == most_rows * GIB // 2, "kept for steps"
     # And it works.
     engine.submit(engine.make_request("a", [1, 2, 3], SamplingParams(max_tokens=4, temperature=0.0, seed=0)))
     tokens: list[int] = []

@@ -12,11 +12,8 @@ from relevo.core.request import Request
 from relevo.core.schedule import ScheduledRequest
 from relevo.engine.batch import Span, flat_batch
 from relevo.engine.forward_pass import ForwardPass
-from relevo.engine.kv_cache import KVCache
 from relevo.engine.sampler import SampledToken, Sampler
 from relevo.engine.spec_decode.verification import sampling_rows
-from relevo.kernels import Kernels
-from relevo.models.causal_lm import CausalLM
 
 
 @dataclass(slots=True)
@@ -37,23 +34,14 @@ class DraftModelProposer:
     Drafts are drawn as the target draws: same parameters, same random numbers (docs/adr/0016).
     """
 
-    def __init__(
-        self,
-        model: CausalLM,
-        kv_cache: KVCache,
-        kernels: Kernels,
-        eos_token_ids: tuple[int, ...],
-        *,
-        vocab_size: int,
-        max_rows: int,
-    ) -> None:
+    def __init__(self, forward: ForwardPass, eos_token_ids: tuple[int, ...], *, vocab_size: int, max_rows: int) -> None:
         """vocab_size: the target's. max_rows: computed in one pass."""
-        self.forward = ForwardPass(model, kv_cache, kernels)
+        self.forward = forward
         self._eos_token_ids = eos_token_ids
-        self._vocab_size = min(vocab_size, model.vocab_size)
+        self._vocab_size = min(vocab_size, forward.model.vocab_size)
         self._max_rows = max_rows
-        self._block_size = kv_cache.layout.block_size
-        self._sampler = Sampler(self._vocab_size, self.forward.device, kernels)
+        self._block_size = forward.kv_cache.layout.block_size
+        self._sampler = Sampler(self._vocab_size, forward.device, forward.kernels)
         self._progress: dict[str, _Progress] = {}
         # Block id → the name of the tokens whose draft KV, all of it, is there. Of blocks in use and of free ones.
         self._names: dict[int, BlockHash] = {}

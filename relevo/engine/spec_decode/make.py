@@ -13,7 +13,6 @@ from relevo.core.schedule import ScheduledRequest
 from relevo.demo import draft_path
 from relevo.engine.config import EngineConfig
 from relevo.engine.forward_pass import ForwardPass
-from relevo.engine.kv_cache import KVCache
 from relevo.engine.loading import load_configured
 from relevo.engine.model_runner import ModelRunner
 from relevo.engine.spec_decode.draft_model import DraftModelProposer
@@ -39,28 +38,18 @@ def load_draft_model(config: EngineConfig, kernels: Kernels, device: torch.devic
     return load_configured(config, files, kernels, device)
 
 
-def make_speculator(
-    config: EngineConfig,
-    runner: ModelRunner,
-    draft: CausalLM | None,
-    draft_cache: KVCache | None,
-    capture: Callable[[ForwardPass, int], None] | None = None,
-) -> Speculator:
-    """The cache must not be in use: measuring writes into its first blocks. capture: of the draft model's graphs"""
+def make_speculator(config: EngineConfig, runner: ModelRunner, draft: ForwardPass | None) -> Speculator:
+    """The caches must not be in use: measuring writes into their first blocks."""
     assert config.speculative is not None
     proposer: Proposer
     propose_costs = None
-    if draft is not None and draft_cache is not None:
+    if draft is not None:
         proposer = DraftModelProposer(
             draft,
-            draft_cache,
-            runner.kernels,
             runner.eos_token_ids,
             vocab_size=runner.model.vocab_size,
             max_rows=config.max_num_batched_tokens,
         )
-        if capture is not None:
-            capture(proposer.forward, 1)
         propose_costs = _measured(config, proposer.measure)
     else:
         proposer = NgramProposer() if config.speculative == "ngram" else SuffixProposer()
