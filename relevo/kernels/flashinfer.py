@@ -186,7 +186,8 @@ class _Planner:
 
 @cache
 def _planners(kind: _Kind, device: torch.device) -> Iterator[_Planner]:
-    return cycle([_Planner(kind, device), _Planner(kind, device)])
+    with torch.inference_mode(False):  # else their buffers could only be written to in that mode
+        return cycle([_Planner(kind, device), _Planner(kind, device)])
 
 
 def _workspace_bytes(kind: _Kind, device: torch.device) -> int:

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from relevo import kernels as package
 from relevo.engine.batch import FlatBatch, Span, flat_batch
-from relevo.kernels import AttentionMetadata, Kernels, load_backend, reference
+from relevo.kernels import AttentionMetadata, Kernels, flashinfer, load_backend, reference
 from relevo.kernels.metadata import HostBatch
 from tests.kernels.paged import Batch, dense_attention, make_batch
 
+KIND = flashinfer._Kind(64, 4, 128, 16, torch.bfloat16, 0.1, -1, 0.0)
 MIXED = [(40, 9), (17, 1), (16, 16), (33, 1), (1, 1), (100, 52)]
 
 
@@ -34,6 +35,7 @@ class Wrapper:
         assert float_workspace_buffer.numel() >= 128 << 20
         assert kv_layout == "NHD"
         self.workspace = float_workspace_buffer
+        self.kv_lens = torch.empty(32768, dtype=torch.int32)
         self.num_plans = self.num_runs = 0
 
     def plan(
@@ -82,6 +84,7 @@ class Wrapper:
             "sliding_window": None if window_left == -1 else window_left + 1,  # keys [position - left, position]
             "softcap": logits_soft_cap or None,
         }
+        self.kv_lens[:num_seqs].copy_(seq_lens)
         self.num_plans += 1
 
     def run(self, q: Tensor, paged_kv_cache: tuple[Tensor, Tensor], *, out: Tensor) -> Tensor:
@@ -117,8 +120,6 @@ class StandIn(ModuleType):
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    from relevo.kernels import flashinfer
-
     module = StandIn()
     monkeypatch.setitem(sys.modules, module.__name__, module)
     flashinfer._planners.cache_clear()
@@ -203,6 +204,37 @@ def test_a_plan_that_others_have_replaced_is_made_again(stand_in: StandIn, kerne
     assert stand_in.num_plans == 4
 
 
+def test_what_was_made_in_inference_mode_serves_outside_of_it(stand_in: StandIn, kernels: Kernels) -> None:
+    with torch.inference_mode():
+        attend(kernels, planned_batch())
+    for _ in range(2):
+        attend(kernels, planned_batch())
+    assert [wrapper.num_plans for wrapper in stand_in.wrappers] == [2, 1]
+
+
+def test_a_planner_waits_for_its_own_last_copy_alone(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU: before it writes where that copy reads."""
+    done: list[str] = []
+
+    class Event:
+        def synchronize(self) -> None:
+            done.append("wait")
+
+        def record(self) -> None:
+            done.append(f"copy {stand_in.num_plans}")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(flashinfer, "_workspace", lambda num_bytes, device: torch.empty(num_bytes, dtype=torch.uint8))
+    monkeypatch.setattr(flashinfer, "num_multiprocessors", lambda device: 132)
+    planner = flashinfer._Planner(KIND, torch.device("cuda"))
+    host = planned_batch().metadata.host
+    assert host is not None
+    pages = flashinfer._pages(host, KIND.block_size, torch.device("cpu"))
+    for _ in range(2):
+        planner.plan(pages)
+    assert done == ["wait", "copy 1", "wait", "copy 2"]
+
+
 def test_an_engines_batch_has_its_lengths_on_the_host() -> None:
     batch: FlatBatch = flat_batch(range(5), [Span([3, 7], 14, 4), Span([2], 0, 1)], [3, 4], 16)
     host = batch.metadata(*(torch.from_numpy(array) for array in batch.arrays[3:])).host
@@ -248,12 +280,9 @@ def test_a_cache_in_8_bits_is_left_to_triton(stand_in: StandIn, kernels: Kernels
 
 def test_many_heads_over_few_get_a_larger_workspace() -> None:
     """Of a device with 170 multiprocessors: 64 query heads, 4 of KV."""
-    from relevo.kernels import flashinfer
-
-    kind = flashinfer._Kind(64, 4, 128, 16, torch.bfloat16, 0.1, -1, 0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flashinfer, "num_multiprocessors", lambda device: 170)
-        assert flashinfer._workspace_bytes(kind, torch.device("cpu")) == 64 * 85 * 128 * 129 * 4
+        assert flashinfer._workspace_bytes(KIND, torch.device("cpu")) == 64 * 85 * 128 * 129 * 4
 
 
 @pytest.mark.parametrize(
