@@ -19,7 +19,7 @@ from relevo.core.schedule import SchedulerConfig, SchedulerOutput
 from relevo.core.scheduler import Scheduler
 from relevo.engine.beams import BeamCandidates, BeamGroups, EndedBeams
 from relevo.engine.config import EngineConfig
-from relevo.engine.gpu_start import start_on
+from relevo.engine.gpu.start import start_on
 from relevo.engine.logits_processors import make_processor
 from relevo.engine.parts import EngineParts, load_parts
 from relevo.engine.prompt_logprobs import max_rows
@@ -280,8 +280,7 @@ class Engine:
             return []
         self._beams.take({name: its for name, its in candidates.items() if self._beams.has(name)})
         copies, ended, failed = self._beams.advance()
-        for source, target in copies:
-            self.kv_cache.storage[target].copy_(self.kv_cache.storage[source])
+        self.kv_cache.copy_blocks(copies)
         self.num_copied_blocks += len(copies)
         for request, error in failed:
             self._end(request, error)

@@ -9,10 +9,10 @@ import torch
 from relevo.allocator import keep_freed_memory
 from relevo.engine.config import EngineConfig, EngineInfo
 from relevo.engine.forward_pass import ForwardPass
-from relevo.engine.gpu_memory import GpuMemory
-from relevo.engine.graphs import CudaCapture, graph_shapes
+from relevo.engine.gpu.graphs import CudaCapture, draft_graph_shapes, graph_shapes
+from relevo.engine.gpu.largest_step import Loaded, profile_steps
+from relevo.engine.gpu.memory import GpuMemory
 from relevo.engine.kv_cache import KVCache
-from relevo.engine.largest_step import Loaded, profile_steps
 from relevo.engine.loading import kv_dtype, load_configured
 from relevo.engine.model_runner import ModelRunner
 from relevo.engine.sampler import Sampler
@@ -47,10 +47,11 @@ class EngineParts:
             return
         capture = CudaCapture(device)
         with explain_shortage(device, "CUDA graphs", GRAPH_ADVICE):
-            for forward, max_drafts in ((self.runner.forward, config.max_drafts), (self.draft, 0)):
-                if forward is not None:
-                    shapes = graph_shapes(config.max_num_seqs, max_drafts)
-                    forward.capture_graphs(capture, shapes, self.info.max_model_len)
+            shapes = graph_shapes(config.max_num_seqs, config.max_drafts)
+            self.runner.forward.capture_graphs(capture, shapes, self.info.max_model_len)
+            if self.draft is not None:
+                shapes = draft_graph_shapes(config.max_num_seqs)
+                self.draft.capture_graphs(capture, shapes, self.info.max_model_len)
 
 
 def load_parts(config: EngineConfig, device: torch.device, memory: GpuMemory | None) -> EngineParts:

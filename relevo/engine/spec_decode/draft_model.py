@@ -36,7 +36,7 @@ class DraftModelProposer:
 
     def __init__(self, forward: ForwardPass, eos_token_ids: tuple[int, ...], *, vocab_size: int, max_rows: int) -> None:
         """vocab_size: the target's. max_rows: computed in one pass."""
-        self._forward = forward
+        self.forward = forward
         self._eos_token_ids = eos_token_ids
         self._vocab_size = min(vocab_size, forward.model.vocab_size)
         self._max_rows = max_rows
@@ -106,7 +106,7 @@ class DraftModelProposer:
         for lag, at in sorted(lags):  # a long prompt must not keep the others from their drafts
             request = entries[at].request
             count = min(lag, budget)
-            if count == 0 or request.num_tokens + entries[at].num_draft_slots > self._forward.model.max_model_len:
+            if count == 0 or request.num_tokens + entries[at].num_draft_slots > self.forward.model.max_model_len:
                 continue
             start = request.num_tokens - lag
             token_ids += request.token_ids[start : start + count]
@@ -137,8 +137,8 @@ class DraftModelProposer:
         sampled_rows: list[int],
     ) -> None:
         """One pass: computes the spans' tokens, and one draft more for each of entries[drafting], from sampled_rows."""
-        known = np.minimum(np.array(token_ids, dtype=np.int64), self._forward.model.vocab_size - 1)
-        logits = self._forward(flat_batch(known, spans, sampled_rows, self._block_size))
+        known = np.minimum(np.array(token_ids, dtype=np.int64), self.forward.model.vocab_size - 1)
+        logits = self.forward(flat_batch(known, spans, sampled_rows, self._block_size))
         if not drafting:
             return
         if logits.shape[1] > self._vocab_size:

@@ -18,7 +18,8 @@ from torch import Tensor
 from relevo.core.sampling_params import SamplingParams
 from relevo.engine.engine import Engine
 from relevo.engine.forward_pass import ForwardPass
-from relevo.engine.graphs import Replay, graph_shapes
+from relevo.engine.gpu.graphs import Replay, draft_graph_shapes, graph_shapes
+from relevo.engine.spec_decode.draft_model import DraftModelProposer
 from relevo.engine.spec_decode.ngram import NgramProposer
 from relevo.engine.spec_decode.row_costs import RowCosts
 from relevo.engine.spec_decode.speculator import Speculator
@@ -99,9 +100,9 @@ def test_padded_steps_say_what_eager_ones_say(tiny_models: TinyModels, async_sch
 
 
 @pytest.mark.usefixtures("skips_padding")
-def test_prompts_and_prompt_logprobs_are_computed_without_graphs(tiny_models: TinyModels) -> None:
+def test_long_prompts_are_computed_without_graphs(tiny_models: TinyModels) -> None:
     engine = engine_of(tiny_models)
-    recomputing = capture(engine)
+    recomputing = capture(engine, max_drafts=1)
     sampling = replace(GREEDY, max_tokens=1, prompt_logprobs=0)
     engine.submit(engine.make_request("r", PROMPTS[0], sampling))
     results = [engine.step() for _ in range(2)]
@@ -137,6 +138,48 @@ def test_drafts_are_verified_in_graphs(tiny_models: TinyModels) -> None:
     assert generate(engine, repeating, GREEDY) == expected
     stats = engine.speculator.stats()
     assert stats.num_draft_tokens and recomputing.counts[0]
+
+
+@pytest.mark.usefixtures("skips_padding")
+def test_a_draft_model_drafts_in_graphs(tiny_models: TinyModels) -> None:
+    """The target's own weights, so that all drafts are accepted: two tokens to catch up with, then one by one."""
+    path = str(tiny_models.path("llama"))
+    engine = engine_of(tiny_models, speculative=f"draft:{path}", num_speculative_tokens=3, adaptive_speculation=False)
+    sampling = replace(GREEDY, max_tokens=16)
+    expected = generate(engine, PROMPTS, sampling)
+    proposer = engine.speculator.proposer if engine.speculator else None
+    assert isinstance(proposer, DraftModelProposer)
+    recomputing = Recomputing()
+    proposer.forward.capture_graphs(recomputing, draft_graph_shapes(4), engine.info.max_model_len)
+    capture(engine, max_drafts=3)
+    assert generate(engine, PROMPTS, sampling) == expected
+    one_token, two_tokens = recomputing.counts[3:], recomputing.counts[:3]
+    assert sum(one_token) > sum(two_tokens) > 0
+
+
+@pytest.mark.usefixtures("skips_padding")
+def test_rows_whose_logits_nobody_wants_are_left_out(tiny_models: TinyModels) -> None:
+    """Prompts of two, three and four tokens, one of them with log-probabilities, in the graph for four of four."""
+    engine = engine_of(tiny_models)
+    token_lists = [[5, 6], [7, 8, 9], [10, 11, 12, 13]]
+    params = [GREEDY, replace(GREEDY, temperature=1.0), replace(GREEDY, prompt_logprobs=2)]
+    results = []
+    for graphs in (False, True):
+        recomputing = capture(engine, max_drafts=3) if graphs else Recomputing()
+        told: list[Any] = []
+        for name, ids, sampling in zip("abc", token_lists, params, strict=True):
+            engine.submit(engine.make_request(name, ids, sampling, cache_salt=str(graphs)))
+        while engine.has_unfinished_requests:
+            result = engine.step()
+            told += [*result.tokens, *result.prompt_logprobs]
+        results.append(told)
+    assert recomputing.counts[0] == 1 and sum(recomputing.counts) == 6
+    assert [[new.request_id for new in told] for told in results] == [[new.request_id for new in results[0]]] * 2
+    for one, other in zip(*results, strict=True):
+        assert getattr(one, "token_ids", None) == getattr(other, "token_ids", None)
+        assert [[e.logprob for e in each.top] for each in one.logprobs] == [
+            pytest.approx([e.logprob for e in each.top], abs=1e-5) for each in other.logprobs
+        ]
 
 
 def test_where_a_model_cannot_be_captured_there_are_no_graphs(

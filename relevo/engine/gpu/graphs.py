@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from relevo.engine.batch import FlatBatch
-from relevo.engine.host_copies import Array, pack, unpack
+from relevo.engine.host_copies import Array, pack, unpack, upload
 from relevo.engine.kv_cache import KVCache
 from relevo.kernels import AttentionMetadata, Kernels
 from relevo.models.attention import AttentionContext
@@ -58,6 +58,11 @@ def graph_shapes(max_num_seqs: int, max_drafts: int) -> list[GraphShape]:
     steps = [*(1, 2, 4), *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs, 32)]
     sizes = [*(size for size in steps if size < max_num_seqs), max_num_seqs]
     return [GraphShape(size, query_len) for query_len in sorted({1, 1 + max_drafts}) for size in sizes]
+
+
+def draft_graph_shapes(max_num_seqs: int) -> list[GraphShape]:
+    """Of a draft model: a token that it lacks, or two, where all drafts were accepted; then one after the other."""
+    return graph_shapes(max_num_seqs, 1)
 
 
 def graph_bytes(shapes: Sequence[GraphShape], vocab_size: int, max_blocks: int) -> int:
@@ -138,13 +143,8 @@ class DecodeGraphs:
             self._graphs[shape] = capture(partial(self._compute, shape))
 
     def takes(self, batch: FlatBatch) -> bool:
-        """Whether it fits a graph: few tokens a sequence, and the logits of all of them."""
-        return (
-            batch.max_query_len <= self._query_lens[-1]
-            and batch.num_seqs <= self._sizes[-1]
-            and len(batch.logits_indices) == batch.num_tokens
-            and bool((batch.logits_indices == np.arange(batch.num_tokens)).all())
-        )
+        """Whether it fits a graph: few sequences, of few tokens each."""
+        return batch.num_seqs <= self._sizes[-1] and batch.max_query_len <= self._query_lens[-1]
 
     def fill(self, batch: FlatBatch) -> Tensor:
         """Bring a batch that it takes into the buffers. Returns that of the token ids, whose values may be replaced."""
@@ -173,9 +173,11 @@ class DecodeGraphs:
         return self._token_ids
 
     def replay(self, batch: FlatBatch) -> Tensor:
-        """Logits of the batch that was filled in, [num_tokens, vocab_size] float32, until the next replay."""
+        """Of the batch that was filled in: [len(batch.logits_indices), vocab_size] float32, until the next replay."""
         self._graphs[self._padded(batch)]()
-        return self._logits[: batch.num_tokens]
+        if np.array_equal(batch.logits_indices, np.arange(batch.num_tokens)):
+            return self._logits[: batch.num_tokens]
+        return self._logits.index_select(0, upload([batch.logits_indices], self._device)[0])
 
     def _padded(self, batch: FlatBatch) -> GraphShape:
         return GraphShape(

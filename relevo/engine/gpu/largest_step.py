@@ -12,8 +12,8 @@ from relevo.core.sampling_params import SamplingParams
 from relevo.core.schedule import ScheduledRequest
 from relevo.engine.config import EngineConfig
 from relevo.engine.forward_pass import ForwardPass
-from relevo.engine.gpu_memory import GpuMemory, MemoryProfile, profile_memory
-from relevo.engine.graphs import graph_bytes, graph_shapes
+from relevo.engine.gpu.graphs import draft_graph_shapes, graph_bytes, graph_shapes
+from relevo.engine.gpu.memory import GpuMemory, MemoryProfile, profile_memory
 from relevo.engine.kv_cache import KVCache
 from relevo.engine.model_runner import ModelRunner
 from relevo.engine.prompt_logprobs import max_rows
@@ -90,7 +90,7 @@ def _graph_bytes(config: EngineConfig, target: Loaded, draft: Loaded | None, max
     max_blocks = -(-max_model_len // config.block_size)
     num_bytes = graph_bytes(graph_shapes(config.max_num_seqs, config.max_drafts), target.model.vocab_size, max_blocks)
     if draft is not None:
-        num_bytes += graph_bytes(graph_shapes(config.max_num_seqs, 0), draft.model.vocab_size, max_blocks)
+        num_bytes += graph_bytes(draft_graph_shapes(config.max_num_seqs), draft.model.vocab_size, max_blocks)
     return num_bytes
 
 
