@@ -138,7 +138,7 @@ def _engine(options: dict[str, Any]) -> tuple[Engine, Callable[[str], Speculator
     def make(kind: str) -> Speculator:
         if kind == config.speculative:
             return own
-        return make_speculator(replace(config, speculative=kind), engine.runner, None, None)
+        return make_speculator(replace(config, speculative=kind), engine.runner, None)
 
     return engine, make
 

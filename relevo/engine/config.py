@@ -16,6 +16,8 @@ Quantization = Literal["none", "int8"]
 
 DEFAULT_DRAFTS = {"draft": 5, "ngram": 10, "suffix": 10}  # those who compute nothing for a draft may try more
 MAX_DRAFTS = 32
+DEFAULT_KV_CACHE_MEMORY = 1 << 30  # bytes, on a CPU
+DEFAULT_GPU_MEMORY_UTILIZATION = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,8 @@ class EngineConfig:
     kv_cache_dtype: fp8_e4m3 keeps KV in 8 bits, by the checkpoint's k_scale and v_scale where it has them
     max_model_len: tokens of prompt and output together; None takes the model's
     block_size: tokens in a KV block
-    kv_cache_memory: bytes
+    kv_cache_memory: bytes; None: DEFAULT_KV_CACHE_MEMORY on a CPU, on a GPU what gpu_memory_utilization leaves
+    gpu_memory_utilization: the share of a GPU's memory that this engine may take: weights, steps, CUDA's own, KV cache
     max_num_seqs: requests computed at the same time
     max_num_batched_tokens: tokens computed in one step
     step_stretch: how much longer than a step without prompts one with them may take, while others decode; inf: no limit
@@ -39,6 +42,9 @@ class EngineConfig:
     adaptive_speculation: drafts only where they are expected to pay
     threads: that compute on a CPU; None: as many as there are cores for this process
     turn_file: shared by the engines of a host that compute one at a time, each with all cores; see Turns
+    enforce_eager: no CUDA graphs: every kernel is launched in every step
+    async_scheduling: launch a step before the tokens of the one before it are read; None: on a GPU
+    gpu_lock_dir: folder shared by the engines of a GPU, which start one at a time; None: where temporary files go
     """
 
     model: str | None = None
@@ -46,7 +52,8 @@ class EngineConfig:
     kv_cache_dtype: KVCacheDtype = "auto"
     max_model_len: int | None = None
     block_size: int = 16
-    kv_cache_memory: int = 1 << 30
+    kv_cache_memory: int | None = None
+    gpu_memory_utilization: float = DEFAULT_GPU_MEMORY_UTILIZATION
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     step_stretch: float = 2.0
@@ -61,6 +68,9 @@ class EngineConfig:
     adaptive_speculation: bool = True
     threads: int | None = None
     turn_file: str | None = None
+    enforce_eager: bool = False
+    async_scheduling: bool | None = None
+    gpu_lock_dir: str | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -75,6 +85,10 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise StartupError(f"{name} must be at least 1, not {value}")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise StartupError(
+                f"gpu_memory_utilization must be above 0 and at most 1, not {self.gpu_memory_utilization}"
+            )
         if not self.step_stretch > 1.0:
             raise StartupError(f"step_stretch must be above 1, not {self.step_stretch}")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from relevo.core.errors import StartupError
 from relevo.engine.block_streams import BlockStreams
+from relevo.engine.shortage import KV_ADVICE, explain_shortage, gib
 from relevo.models.layout import KVLayout
 
 HostBlocks = AbstractContextManager[Sequence[NDArray[Any]]]
@@ -29,14 +29,10 @@ class KVCache:
 
     def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device) -> None:
         self.layout = layout
-        try:
+        num_bytes = num_blocks * layout.block_bytes
+        with explain_shortage(device, f"a KV cache of {gib(num_bytes)}", KV_ADVICE):
             # Not zeroed: a page is touched when a block is first written, and no kernel reads what was not written.
             self.storage = torch.empty((num_blocks, layout.block_bytes), dtype=torch.uint8, device=device)
-        except RuntimeError as error:
-            num_bytes = num_blocks * layout.block_bytes
-            raise StartupError(
-                f"the KV cache of {num_bytes / 2**30:.2f} GiB does not fit in memory ({error})"
-            ) from error
         self.layers: list[tuple[Tensor, Tensor]] = layout.views(self.storage)
         self.streams = BlockStreams(self.storage) if device.type == "cuda" else None
 
