@@ -19,7 +19,7 @@ from relevo.core.schedule import SchedulerConfig, SchedulerOutput
 from relevo.core.scheduler import Scheduler
 from relevo.engine.beams import BeamCandidates, BeamGroups, EndedBeams
 from relevo.engine.config import EngineConfig
-from relevo.engine.gpu_start import start_on
+from relevo.engine.gpu.start import start_on
 from relevo.engine.logits_processors import make_processor
 from relevo.engine.parts import EngineParts, load_parts
 from relevo.engine.prompt_logprobs import max_rows
@@ -61,6 +61,7 @@ class Engine:
             self._warm_up()
             parts.capture_graphs(config)
             self.speculator = parts.make_speculator(config)
+            parts.keep_for_steps(memory)
             self._begin(config)
 
     def _begin(self, config: EngineConfig) -> None:

@@ -10,7 +10,8 @@ from uuid import UUID
 import pytest
 import torch
 
-from relevo.engine import gpu_memory, gpu_start
+from relevo.engine.gpu import memory as gpu_memory
+from relevo.engine.gpu import start as gpu_start
 
 GIB = 1 << 30
 NAME = UUID(int=7)
@@ -91,8 +92,13 @@ class FakeGpu:
             "is_initialized",
         ):
             monkeypatch.setattr(torch.cuda, name, getattr(self, f"_{name}"))
+        monkeypatch.setattr(gpu_memory, "_allocate_once", self._allocate_once)
         monkeypatch.setattr(gpu_memory, "free_bytes", lambda uuid: self.free if self.has_nvml else None)
         monkeypatch.setattr(gpu_start, "device_uuid", lambda index: NAME)
+
+    def _allocate_once(self, device: torch.device, num_bytes: int) -> None:
+        with self.allocated(num_bytes):
+            pass
 
     def _mem_get_info(self, device: torch.device) -> tuple[int, int]:
         if not self.running.context:
