@@ -1,8 +1,8 @@
 """Blocks between a GPU and the host, on streams of their own: while steps compute, and ordered with them by events.
 
 out  waits for the last step whose results are known: what is held and named was written by it, or before
-in   waits for the last step that was launched: a place that was reserved may still be written in it, for a request that
-     has ended while it was in flight
+in   waits for the last step that was launched when the place had been reserved: it may still be written in that one,
+     for a request that has ended while it was in flight. Later steps are not waited for: they know whose it is
 
 Both have happened when a call, or its context, has ended. So whoever is told that blocks have left may free them, and a
 step that reads blocks which have arrived is launched after they have: it has nothing to wait for.
@@ -14,6 +14,7 @@ the cache's bytes, made on the device (ADR 26). Where that cannot be, blocks go 
 from __future__ import annotations
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -68,6 +69,7 @@ class BlockStreams:
         self._launched: Any = None
         self._settled: Any = None
         self._pinned: PinnedMemory | None = None
+        self._pinning = threading.Lock()  # two that wait for all lanes would wait for each other
         self._lanes: SimpleQueue[_Lane] = SimpleQueue()
         for _ in range(_NUM_LANES):
             self._lanes.put(_Lane(storage, cuda, hashing))
@@ -87,20 +89,27 @@ class BlockStreams:
         event.record(self._cuda.current_stream(self._storage.device))
         self._launched = event
 
+    @property
+    def last_launch(self) -> Any:
+        """An event, behind the last step that was launched and all before it; None if there was none."""
+        return self._launched
+
     def pin(self, view: memoryview) -> None:
         """See KVCache.pin."""
-        pinned = None
-        try:
-            _check_hashing(self._storage)
-            pinned = PinnedMemory(view, self._cuda)
-        except Exception as error:  # CUDA's, Triton's, its compiler's: there is another way
-            logger.warning("KV blocks go by way of memory of our own, more slowly: %s", error)
-        with ExitStack() as nobody_copies:
-            for _ in range(_NUM_LANES):
-                nobody_copies.enter_context(self._lane())
-            before, self._pinned = self._pinned, pinned
-            if before is not None:
-                before.release()
+        with self._pinning:
+            pinned = None
+            try:
+                with self._cuda.device(self._storage.device):
+                    _check_hashing(self._storage)
+                    pinned = PinnedMemory(view, self._cuda)
+            except Exception as error:  # CUDA's, Triton's, its compiler's: there is another way
+                logger.warning("KV blocks go by way of memory of our own, more slowly: %s", error)
+            with ExitStack() as nobody_copies:
+                for _ in range(_NUM_LANES):
+                    nobody_copies.enter_context(self._lane())
+                before, self._pinned = self._pinned, pinned
+                if before is not None:
+                    before.release()
 
     def send(self, block_ids: Sequence[int], slots: Sequence[memoryview]) -> list[int] | None:
         """See KVCache.send."""
@@ -114,13 +123,13 @@ class BlockStreams:
                 lane.hash(block_ids)
             return lane.checksums(len(block_ids))
 
-    def receive(self, block_ids: Sequence[int], slots: Sequence[memoryview]) -> list[int] | None:
-        """See KVCache.receive."""
+    def receive(self, block_ids: Sequence[int], slots: Sequence[memoryview], after: Any) -> list[int] | None:
+        """See KVCache.receive. after: an event, or None"""
         with self._lane() as lane:
             if not self._reaches(slots):
                 return None
             sources = [torch.frombuffer(slot, dtype=torch.uint8) for slot in slots]
-            with lane.behind(self._launched):
+            with lane.behind(after):
                 for block_id, source in zip(block_ids, sources, strict=True):
                     self._storage[block_id].copy_(source, non_blocking=True)
                 lane.hash(block_ids)
@@ -137,12 +146,12 @@ class BlockStreams:
             yield list(staged.numpy())
 
     @contextmanager
-    def arriving(self, block_ids: Sequence[int]) -> Iterator[list[NDArray[Any]]]:
+    def arriving(self, block_ids: Sequence[int], after: Any) -> Iterator[list[NDArray[Any]]]:
         """See KVCache.arriving."""
         with self._lane() as lane:
             staged = lane.staging[: len(block_ids)]
             yield list(staged.numpy())
-            with lane.behind(self._launched):
+            with lane.behind(after):
                 for row, block_id in enumerate(block_ids):
                     self._storage[block_id].copy_(staged[row], non_blocking=True)
 
