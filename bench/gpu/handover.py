@@ -18,8 +18,8 @@ from queue import SimpleQueue
 
 from bench.gpu.clock import Deadline
 from relevo.core.sampling_params import SamplingParams
-from relevo.engine.block_streams import STAGED_BLOCKS
 from relevo.engine.engine import Engine
+from relevo.engine.gpu.block_streams import STAGED_BLOCKS
 
 NUM_PARTS = 8  # on their way at the same time
 PART_SECONDS = 60.0  # for the oldest of them to arrive; longer: its copy has failed

@@ -19,7 +19,7 @@ from relevo.core.schedule import SchedulerConfig, SchedulerOutput
 from relevo.core.scheduler import Scheduler
 from relevo.engine.beams import BeamCandidates, BeamGroups, EndedBeams
 from relevo.engine.config import EngineConfig
-from relevo.engine.gpu_start import start_on
+from relevo.engine.gpu.start import start_on
 from relevo.engine.logits_processors import make_processor
 from relevo.engine.parts import EngineParts, load_parts
 from relevo.engine.prompt_logprobs import max_rows

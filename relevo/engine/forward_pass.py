@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from relevo.engine.batch import FlatBatch
-from relevo.engine.graphs import Capture, DecodeGraphs, GraphShape
+from relevo.engine.gpu.graphs import Capture, DecodeGraphs, GraphShape
 from relevo.engine.host_copies import upload
 from relevo.engine.kv_cache import KVCache
 from relevo.engine.shortage import GRAPH_ADVICE, explain_shortage

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from relevo.engine.block_streams import BlockStreams
+from relevo.engine.gpu.block_streams import BlockStreams
 from relevo.engine.shortage import KV_ADVICE, explain_shortage, gib
 from relevo.models.layout import KVLayout
 

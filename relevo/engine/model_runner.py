@@ -88,11 +88,11 @@ class ModelRunner:
         self, model: CausalLM, kv_cache: KVCache, kernels: Kernels, sampler: Sampler, eos_token_ids: tuple[int, ...]
     ) -> None:
         self.model = model
+        self.kv_cache = kv_cache
         self.kernels = kernels
         self.sampler = sampler
         self.eos_token_ids = eos_token_ids
         self.forward = ForwardPass(model, kv_cache, kernels)
-        self._block_size = kv_cache.layout.block_size
         self._grammar_masks = GrammarMasks(sampler.vocab_size)
 
     def run(self, scheduled: Sequence[ScheduledRequest]) -> RunResult:
@@ -116,10 +116,9 @@ class ModelRunner:
                 rows += own
         masks = self._grammar_masks.begin(rows)
         spans = [Span(e.request.block_ids, e.request.num_computed_tokens, e.num_scheduled_tokens) for e in scheduled]
-        batch = flat_batch(token_ids, spans, sampled_rows + prompt_rows.indices, self._block_size)
+        batch = flat_batch(token_ids, spans, sampled_rows + prompt_rows.indices, self.kv_cache.layout.block_size)
         logits = self.forward(batch, before.late_tokens(scheduled) if before else None)
         tokens = self.sampler.enqueue(logits[: len(rows)], rows, masks.result() if masks else None)
         read_prompts = prompt_rows.enqueue(self.kernels, logits[len(rows) :])
-        kv_cache = self.forward.kv_cache
-        kv_cache.step_launched()
-        return LaunchedStep(sampling, tokens, read_prompts, kv_cache.step_settled)
+        self.kv_cache.step_launched()
+        return LaunchedStep(sampling, tokens, read_prompts, self.kv_cache.step_settled)

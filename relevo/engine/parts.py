@@ -9,10 +9,10 @@ import torch
 from relevo.allocator import keep_freed_memory
 from relevo.engine.config import EngineConfig, EngineInfo
 from relevo.engine.forward_pass import ForwardPass
-from relevo.engine.gpu_memory import GpuMemory, MemoryProfile, keep_for_steps
-from relevo.engine.graphs import CudaCapture, draft_graph_shapes, graph_shapes
+from relevo.engine.gpu.graphs import CudaCapture, draft_graph_shapes, graph_shapes
+from relevo.engine.gpu.largest_step import Loaded, profile_steps
+from relevo.engine.gpu.memory import GpuMemory, MemoryProfile, keep_for_steps
 from relevo.engine.kv_cache import KVCache
-from relevo.engine.largest_step import Loaded, profile_steps
 from relevo.engine.loading import kv_dtype, load_configured
 from relevo.engine.model_runner import ModelRunner
 from relevo.engine.sampler import Sampler

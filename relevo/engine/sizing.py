@@ -8,7 +8,7 @@ import torch
 
 from relevo.core.errors import StartupError
 from relevo.engine.config import DEFAULT_KV_CACHE_MEMORY, EngineConfig
-from relevo.engine.gpu_memory import MemoryProfile, no_room
+from relevo.engine.gpu.memory import MemoryProfile, no_room
 from relevo.engine.shortage import gib
 from relevo.models.checkpoint import available_memory
 

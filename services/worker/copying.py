@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from relevo.engine.block_streams import STAGED_BLOCKS
+from relevo.engine.gpu.block_streams import STAGED_BLOCKS
 from services.kvtransfer.client import read_blocks, write_blocks
 from services.worker.ports import KVCachePort
 from services.worker.transfers import Direction, Transfers

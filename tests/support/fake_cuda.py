@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from relevo.engine.block_streams import hash_lanes
+from relevo.engine.gpu.block_streams import hash_lanes
 
 _VIEWS = (torch.ops.aten.select.int, torch.ops.aten.slice.Tensor, torch.ops.aten.detach.default)
 

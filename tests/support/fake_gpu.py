@@ -10,7 +10,8 @@ from uuid import UUID
 import pytest
 import torch
 
-from relevo.engine import gpu_memory, gpu_start
+from relevo.engine.gpu import memory as gpu_memory
+from relevo.engine.gpu import start as gpu_start
 
 GIB = 1 << 30
 NAME = UUID(int=7)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from relevo.engine.block_streams import BlockStreams
+from relevo.engine.gpu.block_streams import BlockStreams
 from relevo.engine.kv_cache import KVCache
 from services.kvtransfer.agent import Agent
 from tests.support import triton_interpreter

@@ -8,7 +8,7 @@ from uuid import UUID
 
 import pytest
 
-from relevo.engine.gpu_driver import device_uuid, free_bytes
+from relevo.engine.gpu.driver import device_uuid, free_bytes
 
 NAME = UUID("12345678-9abc-def0-1234-56789abcdef0")
 

@@ -4,7 +4,7 @@ total × utilization = weights + CUDA's own + largest step + CUDA graphs + KV ca
                       └──────────── measured, by computing ───────────┘   └ the rest
 
 An engine's share is one of the total, not of what happens to be free: the shares of engines on one GPU don't overlap,
-whichever starts first. While one starts, no other one of ours does (gpu_start.py); so what has gone since is its own.
+whichever starts first. While one starts, no other one of ours does (start.py); so what has gone since is its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from uuid import UUID
 
 import torch
 
-from relevo.engine.gpu_driver import free_bytes
+from relevo.engine.gpu.driver import free_bytes
 from relevo.engine.shortage import STEP_ADVICE, OutOfMemory, explain_shortage, gib
 
 logger = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from relevo.engine.pinned_memory import PinnedMemory
+from relevo.engine.gpu.pinned_memory import PinnedMemory
 from relevo.kernels.xxh3 import finish
 
 logger = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from relevo.core.errors import StartupError
-from relevo.engine import gpu_start
 from relevo.engine.config import EngineConfig
-from relevo.engine.gpu_memory import (
+from relevo.engine.gpu import start as gpu_start
+from relevo.engine.gpu.memory import (
     CONTEXT_BYTES,
     GpuMemory,
     MemoryProfile,
@@ -24,7 +24,7 @@ from relevo.engine.gpu_memory import (
     keep_for_steps,
     profile_memory,
 )
-from relevo.engine.gpu_start import start_on
+from relevo.engine.gpu.start import start_on
 from relevo.engine.shortage import OutOfMemory
 from relevo.engine.sizing import count_blocks
 from tests.support.fake_gpu import GIB, NAME, FakeGpu

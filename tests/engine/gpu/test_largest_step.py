@@ -17,9 +17,9 @@ from relevo.engine import engine as engine_module
 from relevo.engine import parts
 from relevo.engine.config import EngineConfig
 from relevo.engine.engine import Engine
-from relevo.engine.gpu_memory import GpuMemory
-from relevo.engine.graphs import GRAPH_BYTES
-from relevo.engine.largest_step import largest_step
+from relevo.engine.gpu.graphs import GRAPH_BYTES
+from relevo.engine.gpu.largest_step import largest_step
+from relevo.engine.gpu.memory import GpuMemory
 from relevo.engine.model_runner import ModelRunner, RunResult
 from relevo.engine.shortage import OutOfMemory
 from relevo.kernels import reference

@@ -17,7 +17,7 @@ import torch
 from relevo.core.sampling_params import SamplingParams
 from relevo.engine.engine import Engine
 from relevo.engine.forward_pass import ForwardPass
-from relevo.engine.graphs import Replay, draft_graph_shapes, graph_shapes
+from relevo.engine.gpu.graphs import Replay, draft_graph_shapes, graph_shapes
 from relevo.engine.shortage import OutOfMemory
 from relevo.engine.spec_decode.draft_model import DraftModelProposer
 from relevo.engine.spec_decode.ngram import NgramProposer

@@ -15,8 +15,8 @@ from relevo.core.sampling_params import SamplingParams
 from relevo.core.schedule import ScheduledRequest
 from relevo.engine.config import EngineConfig
 from relevo.engine.forward_pass import ForwardPass
-from relevo.engine.gpu_memory import GpuMemory, MemoryProfile, profile_memory
-from relevo.engine.graphs import GRAPH_BYTES, Replay, draft_graph_shapes, graph_shapes
+from relevo.engine.gpu.graphs import GRAPH_BYTES, Replay, draft_graph_shapes, graph_shapes
+from relevo.engine.gpu.memory import GpuMemory, MemoryProfile, profile_memory
 from relevo.engine.kv_cache import KVCache
 from relevo.engine.model_runner import ModelRunner
 from relevo.engine.prompt_logprobs import max_rows

@@ -14,7 +14,7 @@ import torch
 import xxhash
 
 from relevo.core.block_hash import LayerShape
-from relevo.engine.block_streams import STAGED_BLOCKS, BlockStreams
+from relevo.engine.gpu.block_streams import STAGED_BLOCKS, BlockStreams
 from relevo.engine.kv_cache import KVCache
 from relevo.models.layout import KVLayout
 from tests.support.fake_cuda import FakeCuda

@@ -18,8 +18,8 @@ from tempfile import gettempdir
 
 import torch
 
-from relevo.engine.gpu_driver import device_uuid
-from relevo.engine.gpu_memory import GpuMemory, first_touch
+from relevo.engine.gpu.driver import device_uuid
+from relevo.engine.gpu.memory import GpuMemory, first_touch
 from relevo.engine.shortage import explain_shortage
 
 logger = logging.getLogger(__name__)
