@@ -45,6 +45,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         device = choose_device(config.device)
+        config = config.on(device.type)
         with start_on(device, config.gpu_lock_dir) as memory, explain_shortage(device, "the engine", STEP_ADVICE):
             parts = load_parts(config, device, memory)
             self.info, self.kv_cache, self.runner = parts.info, parts.kv_cache, parts.runner
