@@ -241,7 +241,7 @@ class Engine:
         }
         # Waiting for a turn counts: so long does a step take here.
         self._rates.measure(output, sum(map(len, token_ids.values())), time.perf_counter() - started)
-        self.scheduler.prompt_tokens_per_step = self._rates.prompt_tokens_per_step
+        self.scheduler.prompt_limit = self._rates.prompt_limit
         chunks = chunks_of(output)
         ended = self.scheduler.update(output, token_ids)
         for name, error in failed.items():
