@@ -8,7 +8,10 @@ MAX_SMALLEST = 4  # tokens
 WEIGHT = 0.03  # of the newest step in the means
 ALONE_WEIGHT = 0.05  # of steps of prompts alone: large chunks are cheaper by the token than those beside others
 MAX_RATIO = 3.0  # of what was expected and what is believed: a step is held up, or quick, for other reasons as well
+MIN_GROWTH = 4  # tokens: chunks grow to twice what others were lately, and so many; costs of larger ones are guesses
+LATELY = 0.9
 NUM_ROUNDS = 3  # a measurement; the next goes on from there
+MANY = 1 << 30  # tokens, where they cost nothing
 
 Chunk = tuple[int, int]  # the position that it begins at, and its tokens
 Features = tuple[float, float, float]
@@ -24,6 +27,7 @@ class PromptCosts:
     def __init__(self, token: float = 0.0, pair: float = 0.0, key: float = 0.0) -> None:
         """As far as they are known; 0: not yet."""
         self._seconds = token, pair, key
+        self._lately: float | None = None  # tokens in steps that others decoded in
         self._shared, self._alone = [0.0] * 9, [0.0] * 9  # means of products of features, and of those with seconds
 
     @property
@@ -34,15 +38,15 @@ class PromptCosts:
         return _dot(self._seconds, _features([(position, num_tokens)]))
 
     def num_tokens(self, position: int, seconds: float) -> int:
-        """How many tokens from this position on take so long."""
+        """How many tokens from this position on take so long, as far as that is known."""
         token, pair, key = self._seconds
         left = seconds - key * position
         if left <= 0.0:
             return 0
         slope, bend = token + pair * position + key, pair / 2  # slope * n + bend * n² = left
-        if not slope and not bend:
-            return 1 << 30
-        return int(2 * left / (slope + (slope * slope + 4 * bend * left) ** 0.5))
+        divisor = slope + (slope * slope + 4 * bend * left) ** 0.5
+        most = MANY if self._lately is None else int(2 * self._lately + MIN_GROWTH)
+        return most if 2 * left >= most * divisor else int(2 * left / divisor)
 
     def smallest(self, position: int) -> int:
         """Tokens of a chunk where none fits: as many as take as long as reading the keys before them, or fewer."""
@@ -60,6 +64,8 @@ class PromptCosts:
         scale = max(seconds, expected)
         if scale <= 0.0:
             return
+        if not alone:
+            self._lately = max(features[0], LATELY * (self._lately or 0.0))
         sums = self._alone if alone else self._shared
         t, p, k, y = (value / scale for value in (*features, seconds))
         products = (t * t, t * p, t * k, p * p, p * k, k * k, t * y, p * y, k * y)
