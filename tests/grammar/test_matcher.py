@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -165,6 +168,20 @@ def test_a_large_one_is_refused_and_another_compiles_meanwhile() -> None:
     assert small.result(timeout=10) and not large.done()
     with pytest.raises(InvalidRequest, match="too large: compiling takes"):
         large.result(timeout=30)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own there")
+def test_compiling_gives_way_to_what_computes_and_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    priorities: list[int] = []
+
+    def compile_(self: GrammarCompiler, outputs: StructuredOutputs) -> None:
+        priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    monkeypatch.setattr(GrammarCompiler, "_compile", compile_)
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    GrammarCompiler(lambda: TOKENIZER, EOS).compile(StructuredOutputs(regex="a")).result(timeout=10)
+    assert priorities == [compiler_module.NICENESS]
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
 
 
 def test_one_that_only_checks_judges_as_one_that_serves() -> None:
