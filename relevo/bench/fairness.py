@@ -77,7 +77,7 @@ class _Chats:
     """A set number of them; where one ends another begins, so that their contexts stay short.
 
     itl_ms: of each step in which all of them got a token: a step's duration is then the time between each one's
-    tokens. Steps that read the prompt of a new one are left out, since they would take longer without the long one, too.
+    tokens. Steps that read a new one's prompt are left out, since they would take longer without the long one, too.
     """
 
     def __init__(self, engine: Engine, num_chats: int, seed: int) -> None:

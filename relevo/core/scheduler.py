@@ -29,7 +29,7 @@ class Scheduler:
 
     Blocks that are pinned are held beside what requests hold: somebody is copying them out.
 
-    prompt_limit: what prompts may add to a step in which others decode, by whoever measures it; None: steps are filled up
+    prompt_limit: what prompts may add to a step in which others decode, by whoever measures it; None: steps are filled
     """
 
     def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # imported with the first grammar: an engine that has none ru
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 MAX_CACHED = 128  # a megabyte each at the very most
-NUM_THREADS = 2  # one that compiles for seconds keeps nobody else waiting
+NUM_THREADS = 4  # some that compile for seconds keep nobody else waiting
 NICENESS = 10  # of theirs: a tenth of a core beside threads that compute or answer
 
 _MAX_MESSAGE = 400

@@ -20,14 +20,13 @@ from relevo.engine.spec_decode.stats import SpecDecodeStats, StatsCounter
 
 STEPS_A_PLAN = 8  # planning takes a good part of a millisecond; what it goes by changes slowly
 STEPS_A_TRIAL = 16
-STEPS_A_PLAIN_ONE = 24
-STEPS_A_LOOK = 8  # in a pause two in so many are looked at, the first for its time: all of them say the same
+STEPS_A_PLAIN_ONE, GREAT_GAIN = (12, 32), 1.2  # the second where the gain is great: then less hangs on it
+STEPS_A_LOOK = 16  # in a pause two in so many are looked at, the first for its time: all of them say the same
 FIRST_PAUSE, MAX_PAUSE = 16, 1024  # steps without drafts, and without a thought of them; doubled while none pay
 NEW_PAUSE = 64  # at most, where a request is new or the batch's size another
 PROBE_SHARE = 0.01  # of the time, for drafts that are not expected to pay: they may by now
 MAX_CREDIT_STEPS = 8  # and what drafts have saved may be risked for others, but not more than so many steps' time
 PROBE_DRAFTS = 2
-SURE_GAIN = 1.02  # by the clock: below, what is measured may be chance
 CLEAR_GAIN = 1.25  # by the model of costs: then what a proposer must compute first may cost more than the credit
 MAX_TRIAL_LOSS = 2.5  # plain steps: then a trial ends
 ANSWER_TOKENS = 64.0  # an answer, where none was measured
@@ -140,7 +139,7 @@ class Speculator:
         self._steps_left -= 1
         # What steps without drafts take must be known as well, or drafts seem to pay for ever.
         self._steps_with_drafts += 1
-        if self._steps_with_drafts % STEPS_A_PLAIN_ONE == 0:
+        if self._steps_with_drafts % STEPS_A_PLAIN_ONE[(payoff.gain or 0.0) >= GREAT_GAIN] == 0:
             return {}
         assert self._step is not None
         self._step.has_plan = True
@@ -255,7 +254,7 @@ class Speculator:
         requests = [request for request in running if self._wanted(request) > 0]
         num_others = len(running) - len(requests)
         measured = payoff.gain
-        is_sure = measured is not None and measured >= SURE_GAIN
+        is_sure = payoff.is_sure
         if not requests:
             return {}
         if self._planned:
@@ -276,6 +275,8 @@ class Speculator:
             elif not count:
                 self._drafting_of(request).acceptance.idle(STEPS_A_PLAN)
         self._is_trial = not is_sure
+        if not is_sure and not self._planned:
+            payoff.begin_trial()
         self._steps_left = STEPS_A_TRIAL
         if num_drafts and is_sure:
             self._steps_left = STEPS_A_PLAN
@@ -295,7 +296,8 @@ class Speculator:
         return self.propose_costs.seconds(lag) if lag else 0.0
 
     def _is_worth_its_lag(self, request: Request, gain: float, num_rows: int, credit: float) -> bool:
-        """What the proposer must compute first costs less than half of what its drafts will save, and than the credit."""
+        """What the proposer must compute first costs less than half of what its drafts will save, and no more than
+        the credit."""
         lag_seconds = self._lag_seconds(request)
         if lag_seconds == 0.0:
             return True
