@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 CHAT_PROMPT_TOKENS = 32
 CHAT_OUTPUT_TOKENS = 256
 STEPS_ALONE = 300
+LONG = "long"
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def measure_fairness(
         chats.step()
     alone = chats.itl_ms[STEPS_ALONE // 10 :]
     chats.itl_ms = []
-    engine.submit(engine.make_request("long", long, _sampling(1)))
+    engine.submit(engine.make_request(LONG, long, _sampling(1)))
     started = time.perf_counter()
     while not chats.step():
         pass
@@ -76,8 +77,8 @@ def measure_fairness(
 class _Chats:
     """A set number of them; where one ends another begins, so that their contexts stay short.
 
-    itl_ms: of each step in which all of them got a token: a step's duration is then the time between each one's
-    tokens. Steps that read a new one's prompt are left out, since they would take longer without the long one, too.
+    itl_ms: a step's duration is the time between tokens of all that have begun, since each gets one in every step.
+    Steps that read a new one's prompt are left out: they would take longer without the long one, too.
     """
 
     def __init__(self, engine: Engine, num_chats: int, seed: int) -> None:
@@ -94,14 +95,13 @@ class _Chats:
         started = time.perf_counter()
         result = self._engine.step()
         seconds = time.perf_counter() - started
-        names = {tokens.request_id for tokens in result.tokens}
-        if names >= self._open:
+        if all(chunk.request_id == LONG for chunk in result.chunks):
             self.itl_ms.append(1000.0 * seconds)
         for ended in result.ended:
             if ended.request_id in self._open:
                 self._open.remove(ended.request_id)
                 self._begin(CHAT_OUTPUT_TOKENS)
-        return "long" in names
+        return any(tokens.request_id == LONG for tokens in result.tokens)
 
     def end(self) -> None:
         for name in self._open:
