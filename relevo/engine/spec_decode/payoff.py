@@ -7,6 +7,7 @@ import math
 MEMORY = 0.99  # of older steps, after each
 TRIAL_MEMORY = 0.25  # of older trials, when another begins
 MIN_PLAIN_STEPS, MIN_DRAFT_STEPS = 8, 16  # before the two are compared
+MIN_GAIN = 1.02  # for the machine itself becomes faster and slower
 MAX_RATIO = 3.0  # a step that took longer than so many times the mean was held up by something else
 
 
@@ -64,7 +65,7 @@ class Payoff:
     def is_sure(self) -> bool:
         """Whether drafts bring more than none, chance aside."""
         gain = self.gain
-        return gain is not None and gain * (1 - math.hypot(self._plain.error, self._drafts.error)) >= 1.0
+        return gain is not None and gain * (1 - math.hypot(self._plain.error, self._drafts.error)) >= MIN_GAIN
 
     def begin_trial(self) -> None:
         self._drafts.fade(TRIAL_MEMORY)

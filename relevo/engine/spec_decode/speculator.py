@@ -23,12 +23,13 @@ STEPS_A_TRIAL = 16
 STEPS_A_PLAIN_ONE, GREAT_GAIN = (12, 32), 1.2  # the second where the gain is great: then less hangs on it
 STEPS_A_LOOK = 16  # in a pause two in so many are looked at, the first for its time: all of them say the same
 FIRST_PAUSE, MAX_PAUSE = 16, 1024  # steps without drafts, and without a thought of them; doubled while none pay
-NEW_PAUSE = 64  # at most, where a request is new or the batch's size another
+NEW_PAUSE = 256  # at most, where a request is new or the batch's size another; half of it before the next trial
 PROBE_SHARE = 0.01  # of the time, for drafts that are not expected to pay: they may by now
 MAX_CREDIT_STEPS = 8  # and what drafts have saved may be risked for others, but not more than so many steps' time
 PROBE_DRAFTS = 2
 CLEAR_GAIN = 1.25  # by the model of costs: then what a proposer must compute first may cost more than the credit
-MAX_TRIAL_LOSS = 2.5  # plain steps: then a trial ends
+CATCH_UP_STEPS = 3  # of a trial, at the very most: a proposer reads what there is, which it does once
+MAX_TRIAL_LOSS = 2.5  # plain steps, after those: then a trial ends
 ANSWER_TOKENS = 64.0  # an answer, where none was measured
 ANSWER_WEIGHT = 0.05
 
@@ -90,7 +91,7 @@ class Speculator:
         self._payoffs: dict[int, Payoff] = {}
         self._step: _Step | None = None  # the one in progress
         self._rests, self._rest_left = False, 0  # the step in progress is not looked at, nor so many that follow
-        self._is_trial, self._trial_seconds, self._num_trial_steps = False, 0.0, 0  # saved since its first step
+        self._is_trial, self._trial_seconds, self._num_trial_steps = False, 0.0, 0  # saved since its first steps
         # For drafts that may not pay. Enough at first for one trial: what was measured at start may be wrong.
         self._credit_seconds = MAX_CREDIT_STEPS * verify_costs.seconds(1)
         self._answer_tokens = ANSWER_TOKENS
@@ -118,7 +119,7 @@ class Speculator:
         if not is_same:
             if composition[1] != self._composition[1] or payoff is not self._payoff_of(self._composition[0]):
                 self._pause = min(self._pause, NEW_PAUSE)
-                self._pause_left = min(self._pause_left, FIRST_PAUSE)
+                self._pause_left = min(self._pause_left, self._pause // 2)
             self._composition = composition
             self._steps_left = 0
         self._step = _Step(now, len(running), STEPS_A_LOOK if self._pause_left > 0 else 1)
@@ -159,7 +160,7 @@ class Speculator:
             saved = payoff.add_drafts(work, plain_work, seconds, self._propose_seconds)
             self._credit_seconds = min(self._credit_seconds + saved, MAX_CREDIT_STEPS * plain_work)
             self._num_trial_steps += 1
-            if self._num_trial_steps > 1:  # in the first a proposer catches up, and never again
+            if self._num_trial_steps > CATCH_UP_STEPS:
                 self._trial_seconds += saved
         else:
             payoff.add_plain(plain_work, seconds)
