@@ -8,6 +8,7 @@ MEMORY = 0.99  # of older steps, after each
 TRIAL_MEMORY = 0.25  # of older trials, when another begins
 MIN_PLAIN_STEPS, MIN_DRAFT_STEPS = 8, 16  # before the two are compared
 MIN_GAIN = 1.02  # for the machine itself becomes faster and slower
+LEAST_SECONDS = 1e-9  # fade no further
 MAX_RATIO = 3.0  # a step that took longer than so many times the mean was held up by something else
 
 
@@ -35,6 +36,8 @@ class _Mean:
         self._squares += (seconds - work / self.rate) ** 2
 
     def fade(self, memory: float) -> None:
+        if self._seconds < LEAST_SECONDS:
+            return
         self._work *= memory
         self._seconds *= memory
         self._squares *= memory * memory

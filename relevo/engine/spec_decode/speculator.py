@@ -17,6 +17,7 @@ from relevo.engine.spec_decode.planning import best_plan
 from relevo.engine.spec_decode.proposer import Proposer
 from relevo.engine.spec_decode.row_costs import RowCosts
 from relevo.engine.spec_decode.stats import SpecDecodeStats, StatsCounter
+from relevo.engine.spec_decode.trial import Trial
 
 STEPS_A_PLAN = 8  # planning takes a good part of a millisecond; what it goes by changes slowly
 STEPS_A_TRIAL = 16
@@ -28,8 +29,6 @@ PROBE_SHARE = 0.01  # of the time, for drafts that are not expected to pay: they
 MAX_CREDIT_STEPS = 8  # and what drafts have saved may be risked for others, but not more than so many steps' time
 PROBE_DRAFTS = 2
 CLEAR_GAIN = 1.25  # by the model of costs: then what a proposer must compute first may cost more than the credit
-CATCH_UP_STEPS = 3  # of a trial, at the very most: a proposer reads what there is, which it does once
-MAX_TRIAL_LOSS = 2.5  # plain steps, after those: then a trial ends
 ANSWER_TOKENS = 64.0  # an answer, where none was measured
 ANSWER_WEIGHT = 0.05
 
@@ -91,7 +90,7 @@ class Speculator:
         self._payoffs: dict[int, Payoff] = {}
         self._step: _Step | None = None  # the one in progress
         self._rests, self._rest_left = False, 0  # the step in progress is not looked at, nor so many that follow
-        self._is_trial, self._trial_seconds, self._num_trial_steps = False, 0.0, 0  # saved since its first steps
+        self._trial = Trial()
         # For drafts that may not pay. Enough at first for one trial: what was measured at start may be wrong.
         self._credit_seconds = MAX_CREDIT_STEPS * verify_costs.seconds(1)
         self._answer_tokens = ANSWER_TOKENS
@@ -132,7 +131,7 @@ class Speculator:
         return self._drafts_of(running, payoff)
 
     def _drafts_of(self, running: Sequence[Request], payoff: Payoff) -> Mapping[str, int]:
-        if self._steps_left <= 0 or self._trial_has_failed(len(running)):
+        if self._steps_left <= 0 or self._trial.has_failed(self._yardstick.seconds(len(running))):
             self._planned = self._make_plan(running, payoff)
             if not self._planned:
                 self._pause_left, self._pause = self._pause, min(2 * self._pause, MAX_PAUSE)
@@ -146,9 +145,6 @@ class Speculator:
         self._step.has_plan = True
         return self._planned
 
-    def _trial_has_failed(self, num_running: int) -> bool:
-        return self._is_trial and self._trial_seconds < -MAX_TRIAL_LOSS * self._yardstick.seconds(num_running)
-
     def _take_in(self, step: _Step, payoff: Payoff, seconds: float) -> None:
         """A step from its plan to the next one's."""
         if not step.num_tokens:
@@ -159,9 +155,7 @@ class Speculator:
             work = plain_work * step.num_tokens / step.num_running
             saved = payoff.add_drafts(work, plain_work, seconds, self._propose_seconds)
             self._credit_seconds = min(self._credit_seconds + saved, MAX_CREDIT_STEPS * plain_work)
-            self._num_trial_steps += 1
-            if self._num_trial_steps > CATCH_UP_STEPS:
-                self._trial_seconds += saved
+            self._trial.add(saved)
         else:
             payoff.add_plain(plain_work, seconds)
 
@@ -259,7 +253,7 @@ class Speculator:
         if not requests:
             return {}
         if self._planned:
-            if not is_sure and (measured is not None or self._trial_has_failed(len(running))):
+            if not is_sure and (measured is not None or self._trial.has_failed(self._yardstick.seconds(len(running)))):
                 return {}  # the trial, or what paid until now
         elif not is_sure and self._credit_seconds <= 0.0:
             return {}
@@ -275,17 +269,19 @@ class Speculator:
                 credit -= self._lag_seconds(request)
             elif not count:
                 self._drafting_of(request).acceptance.idle(STEPS_A_PLAN)
-        self._is_trial = not is_sure
-        if not is_sure and not self._planned:
-            payoff.begin_trial()
-        self._steps_left = STEPS_A_TRIAL
         if num_drafts and is_sure:
+            self._trial.end()
             self._steps_left = STEPS_A_PLAN
             self._pause = FIRST_PAUSE
-        elif not num_drafts and self._planned:
-            return {}
-        self._trial_seconds, self._num_trial_steps = 0.0, 0
-        return num_drafts or self._probe(requests, num_others)
+            return num_drafts
+        self._steps_left = STEPS_A_TRIAL
+        if self._planned:
+            return num_drafts
+        num_drafts = num_drafts or self._probe(requests, num_others)
+        if num_drafts:
+            self._trial.begin()
+            payoff.begin_trial()
+        return num_drafts
 
     def _propose_seconds_of(self, num_requests: float) -> float:
         return self.propose_costs.seconds(num_requests) if self.propose_costs is not None else 0.0
