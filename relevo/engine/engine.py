@@ -230,7 +230,7 @@ class Engine:
         began_at = max(step.began_at, self._settled_at)
         self._settled_at = ended_at
         self._rates.measure(output, sum(map(len, token_ids.values())), ended_at - began_at)
-        self.scheduler.prompt_tokens_per_step = self._rates.prompt_tokens_per_step
+        self.scheduler.prompt_limit = self._rates.prompt_limit
         if step.advanced is None:
             ended = self.scheduler.update(output, token_ids)
         else:

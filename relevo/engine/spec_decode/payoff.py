@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
-MEMORY = 0.98  # of older steps, after each
+import math
+
+MEMORY = 0.99  # of older steps, after each
+TRIAL_MEMORY = 0.25  # of older trials, when another begins
 MIN_PLAIN_STEPS, MIN_DRAFT_STEPS = 8, 16  # before the two are compared
+MIN_GAIN = 1.02  # for the machine itself becomes faster and slower
+LEAST_SECONDS = 1e-9  # fade no further
 MAX_RATIO = 3.0  # a step that took longer than so many times the mean was held up by something else
 
 
 class _Mean:
-    """Work a second."""
+    """Work a second, and how sure that is."""
 
     def __init__(self) -> None:
         self.num_steps = 0
         self._work = self._seconds = 0.0
+        self._squares = 0.0  # of what seconds were off
 
     @property
     def rate(self) -> float:
         return self._work / self._seconds
 
+    @property
+    def error(self) -> float:
+        """One standard error, as a share of the rate."""
+        return math.sqrt(self._squares) / self._seconds
+
     def add(self, work: float, seconds: float) -> None:
         self.num_steps += 1
-        self._work = MEMORY * self._work + work
-        self._seconds = MEMORY * self._seconds + seconds
+        self._work += work
+        self._seconds += seconds
+        self._squares += (seconds - work / self.rate) ** 2
+
+    def fade(self, memory: float) -> None:
+        if self._seconds < LEAST_SECONDS:
+            return
+        self._work *= memory
+        self._seconds *= memory
+        self._squares *= memory * memory
 
 
 class Payoff:
     """Of batches of about one size.
 
     Work is in seconds: what plain passes that bring as many tokens should take. So batches that differ a little in
-    their size can be compared.
+    their size can be compared. Plain steps fade with drafts as well: what the machine did long ago is no measure.
     """
 
     def __init__(self) -> None:
@@ -45,13 +64,25 @@ class Payoff:
             return None
         return self._drafts.rate / self._plain.rate
 
+    @property
+    def is_sure(self) -> bool:
+        """Whether drafts bring more than none, chance aside."""
+        gain = self.gain
+        return gain is not None and gain * (1 - math.hypot(self._plain.error, self._drafts.error)) >= MIN_GAIN
+
+    def begin_trial(self) -> None:
+        self._drafts.fade(TRIAL_MEMORY)
+
     def add_plain(self, work: float, seconds: float) -> None:
         if self._plain.num_steps:
             seconds = min(seconds, MAX_RATIO * work / self._plain.rate)
+        self._plain.fade(MEMORY)
         self._plain.add(work, seconds)
 
     def add_drafts(self, work: float, plain_work: float, seconds: float, propose_seconds: float) -> float:
         """plain_work: of the same step without drafts. Returns the seconds that the drafts have saved, or cost."""
         seconds = min(seconds, MAX_RATIO * plain_work / self._plain.rate + propose_seconds)
+        self._plain.fade(MEMORY)
+        self._drafts.fade(MEMORY)
         self._drafts.add(work, seconds)
         return work / self._plain.rate - seconds
