@@ -11,7 +11,7 @@ import typer
 
 from relevo.core.errors import StartupError
 from relevo.core.sizes import parse_size
-from relevo.engine.config import check_speculative
+from relevo.engine.config import DEFAULT_GPU_MEMORY_UTILIZATION, check_speculative
 
 EngineOptions = dict[str, Any]  # keywords of EngineConfig
 
@@ -38,9 +38,21 @@ def engine_options(
         int | None, typer.Option(min=1, help="tokens of prompt and output together. Default: the model's")
     ] = None,
     block_size: Annotated[int, typer.Option(min=1, help="tokens in a KV block")] = 16,
-    kv_cache_memory: Annotated[str, typer.Option(metavar="SIZE", help="KV cache of each worker")] = "1GiB",
-    max_num_seqs: Annotated[int, typer.Option(min=1, help="requests computed at the same time, per worker")] = 64,
-    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="tokens computed in one step")] = 512,
+    kv_cache_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="KV cache of each worker. Default: 1GiB; on a GPU what --gpu-memory-utilization leaves"
+        ),
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(help="share of a GPU's memory to take; several workers of `serve` divide it equally")
+    ] = DEFAULT_GPU_MEMORY_UTILIZATION,
+    max_num_seqs: Annotated[
+        int, typer.Option(min=0, help="requests computed at the same time, per worker. 0: 64, on a GPU 256")
+    ] = 0,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(min=0, help="tokens computed in one step. 0: 512, on a GPU 4096")
+    ] = 0,
     step_stretch: Annotated[
         float,
         typer.Option(help="a step with prompts may take so many times a plain one, while others decode; inf: no limit"),
@@ -51,8 +63,8 @@ def engine_options(
     seed: Annotated[int, typer.Option(min=0, help="of dummy weights")] = 0,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="where workers compute")] = "auto",
     attention_backend: Annotated[
-        Literal["auto", "reference", "cpu", "triton", "flash-attn"],
-        typer.Option(help="kernels: plain torch, numba for the CPU, or for a GPU Triton, or that and FlashAttention"),
+        Literal["auto", "reference", "cpu", "triton", "flash-attn", "flashinfer"],
+        typer.Option(help="kernels: plain torch, numba (CPU), Triton (GPU), or that with FlashAttention or FlashInfer"),
     ] = "auto",
     passes: Annotated[bool, typer.Option(help="replace the model's modules by faster ones that are equal")] = True,
     quantization: Annotated[
@@ -68,6 +80,10 @@ def engine_options(
         int | None, typer.Option(min=1, max=32, help="drafts a step, at most. Default: 5; of ngram and suffix 10")
     ] = None,
     adaptive_speculation: Annotated[bool, typer.Option(help="draft only where it is measured to pay")] = True,
+    enforce_eager: Annotated[bool, typer.Option(help="on a GPU: no CUDA graphs for decode steps")] = False,
+    async_scheduling: Annotated[
+        bool | None, typer.Option(help="launch a step before the last one's tokens are read. Default: on a GPU")
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="that compute, in each worker. Default: one a core that there is for us")
     ] = None,
@@ -79,7 +95,13 @@ def engine_options(
             check_speculative(speculative)
         except StartupError as error:
             raise typer.BadParameter(error.message, param_hint="--speculative") from error
-    return {**given, "kv_cache_memory": parse_size_option("--kv-cache-memory", kv_cache_memory)}
+    if not 0.0 < gpu_memory_utilization <= 1.0:
+        raise typer.BadParameter(
+            f"must be above 0 and at most 1, not {gpu_memory_utilization}", param_hint="--gpu-memory-utilization"
+        )
+    if kv_cache_memory is not None:
+        given["kv_cache_memory"] = parse_size_option("--kv-cache-memory", kv_cache_memory)
+    return given
 
 
 def takes_engine_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from relevo.engine.config import EngineConfig
+from relevo.engine.config import DEFAULT_KV_CACHE_MEMORY, EngineConfig
 from relevo.engine.loading import kv_dtype, load_configured
 from relevo.engine.sizing import choose_device
 from relevo.engine.threads import set_num_threads
@@ -55,7 +55,11 @@ class PassResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """weight_bytes: by dtype, tied weights once; kv_*: bytes, over all layers; num_blocks: in kv_cache_memory"""
+    """weight_bytes: by dtype, tied weights once; kv_*: bytes, over all layers; num_blocks: in kv_cache_memory
+
+    kv_cache_memory: as it was given, or the default
+    is_kv_estimated: it is what a worker's share of a GPU leaves after the weights; a step's memory still comes off
+    """
 
     model: str
     architecture: str
@@ -73,6 +77,7 @@ class Inspection:
     kv_bytes_per_token: int
     kv_bytes_per_block: int
     kv_cache_memory: int
+    is_kv_estimated: bool
     num_blocks: int
     num_tokens: int
     passes: list[PassResult]
@@ -89,7 +94,9 @@ def inspect_model(config: EngineConfig) -> Inspection:
     kernels = load_backend(config.attention_backend, device.type)
     model = load_configured(config, files, kernels, device)
     layout = KVLayout(layers=model.layout_layers, dtype=kv_dtype(config, model), block_size=config.block_size)
-    num_blocks = config.kv_cache_memory // layout.block_bytes
+    weight_bytes = {_name(dtype): count * dtype.itemsize for dtype, count in model.parameters.items()}
+    kv_cache_memory = config.kv_cache_memory or _default_kv_memory(config, device, sum(weight_bytes.values()))
+    num_blocks = kv_cache_memory // layout.block_bytes
     text_config = model.config.get_text_config()
     return Inspection(
         model=files.name,
@@ -98,7 +105,7 @@ def inspect_model(config: EngineConfig) -> Inspection:
         device=str(device),
         kernel_backend=kernels.__name__.rpartition(".")[2],  # type: ignore[attr-defined]  # backends are modules
         num_parameters=sum(model.parameters.values()),
-        weight_bytes={_name(dtype): count * dtype.itemsize for dtype, count in model.parameters.items()},
+        weight_bytes=weight_bytes,
         num_layers=len(model.layers),
         hidden_size=text_config.hidden_size,
         vocab_size=model.vocab_size,
@@ -107,7 +114,8 @@ def inspect_model(config: EngineConfig) -> Inspection:
         block_size=config.block_size,
         kv_bytes_per_token=layout.block_bytes // config.block_size,
         kv_bytes_per_block=layout.block_bytes,
-        kv_cache_memory=config.kv_cache_memory,
+        kv_cache_memory=kv_cache_memory,
+        is_kv_estimated=config.kv_cache_memory is None and device.type == "cuda",
         num_blocks=num_blocks,
         num_tokens=num_blocks * config.block_size,
         passes=[_pass_result(record) for record in model.passes],
@@ -139,6 +147,7 @@ def print_inspection(found: Inspection, console: Console) -> None:
 def _facts(found: Inspection) -> list[tuple[str, str]]:
     weights = ", ".join(f"{_size(count)} in {dtype}" for dtype, count in found.weight_bytes.items())
     block = f"{_size(found.kv_bytes_per_block)} a block"
+    at_most = "at most " if found.is_kv_estimated else ""
     return [
         ("model", f"{found.model} ({found.architecture})"),
         ("parameters", f"{found.num_parameters:,}: {weights}"),
@@ -146,7 +155,7 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
         *(("attention", _attention(kind, found.num_layers)) for kind in found.layers),
         ("context", f"{found.max_model_len:,} tokens"),
         ("KV cache", f"{_size(found.kv_bytes_per_token)} a token, {block} of {found.block_size} tokens, {found.dtype}"),
-        ("KV blocks", f"{found.num_blocks:,} in {_size(found.kv_cache_memory)}: {found.num_tokens:,} tokens"),
+        ("KV blocks", f"{at_most}{found.num_blocks:,} in {_size(found.kv_cache_memory)}: {found.num_tokens:,} tokens"),
         ("kernels", f"{found.kernel_backend} on {found.device}"),
     ]
 
@@ -162,6 +171,13 @@ def _attention(kind: LayerKind, num_layers: int) -> str:
         parts.append("sinks")
     where = "" if kind.num_layers == num_layers else f"in {kind.num_layers} of {num_layers} layers: "
     return where + ", ".join(parts)
+
+
+def _default_kv_memory(config: EngineConfig, device: torch.device, weight_bytes: int) -> int:
+    if device.type != "cuda":
+        return DEFAULT_KV_CACHE_MEMORY
+    total = torch.cuda.get_device_properties(device).total_memory
+    return max(0, int(total * config.gpu_memory_utilization) - weight_bytes)
 
 
 def _layer_kinds(model: CausalLM) -> list[LayerKind]:

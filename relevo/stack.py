@@ -17,6 +17,7 @@ from typing import Literal, Self
 
 from relevo.child import DEATHS_SECONDS, MAX_DEATHS, Child, ChildSpec
 from relevo.core.errors import StartupError
+from relevo.engine.config import DEFAULT_GPU_MEMORY_UTILIZATION
 from relevo.stack_state import ChildState, StackState, process_id, remove_state, write_state
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ POLL_SECONDS = 0.1
 @dataclass(frozen=True, kw_only=True)
 class StackConfig:
     """worker_options: flags of prefill and decode workers, e.g. {"block-size": "16", "passes": True}; agent_options and
-    router_options likewise.
+    router_options likewise. Of a gpu-memory-utilization each worker gets an equal part.
 
     take_turns: several workers that compute on the CPU do so one at a time, each with all cores (docs/adr/0007)
     restart: a child that dies is started again
@@ -118,12 +119,14 @@ class Stack:
             if self.config.chaos:
                 agent_options["faults"] = True
             self._spawn("kvtransfer", "kvtransfer", ports["kvtransfer"], agent_options)
+        share = _share_of_gpu(self.config.worker_options, len(prefill_names + decode_names))
         for role, worker_names in (("prefill", prefill_names), ("decode", decode_names)):
             for name in worker_names:
                 own = self.config.decode_options if role == "decode" else {}
                 options = {
                     **self.config.worker_options,
                     **own,
+                    "gpu-memory-utilization": share,
                     "worker-id": name,
                     "kv-agent": address.get("kvtransfer", ""),
                 }
@@ -268,6 +271,12 @@ class Stack:
                 if not child.has_died():
                     child.process.kill()
                     child.process.wait()
+
+
+def _share_of_gpu(worker_options: Mapping[str, str | bool], num_workers: int) -> str:
+    """Each worker's, all being on the same GPU, if there is one: equal parts of what they may take together."""
+    together = float(worker_options.get("gpu-memory-utilization", DEFAULT_GPU_MEMORY_UTILIZATION))
+    return f"{together / num_workers:.6g}"
 
 
 def _check_port(host: str, port: int) -> None:

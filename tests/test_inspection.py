@@ -6,11 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from relevo import inspection
 from relevo.cli import app
 from relevo.core.errors import StartupError
 from relevo.engine.config import EngineConfig
@@ -40,6 +43,29 @@ def test_json_agrees_with_the_engine(tiny_models: TinyModels) -> None:
     assert [(kind["num_layers"], kind["sliding_window"]) for kind in found["layers"]] == [(2, 16), (2, None)]
     assert found["dtype"] == "float32"
     assert found["kernel_backend"] == "cpu"
+
+
+def test_kv_memory_by_default(tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gibibyte on a CPU; of a GPU, for which a stand-in answers, what its share leaves after the weights."""
+    path = str(tiny_models.path("qwen3"))
+    found = json.loads(inspect(path, "--json"))
+    assert (found["kv_cache_memory"], found["is_kv_estimated"]) == (1 << 30, False)
+    text = inspect(path)
+    assert "KV blocks" in text
+    assert "at most" not in text
+
+    gpu = SimpleNamespace(total_memory=10 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(inspection, "choose_device", lambda device: torch.device("cuda"))
+    module: Any = inspection
+    load, backend = module.load_configured, module.load_backend
+    monkeypatch.setattr(inspection, "load_configured", lambda *args: load(*args[:-1], torch.device("cpu")))
+    monkeypatch.setattr(inspection, "load_backend", lambda name, device: backend(name, "cpu"))
+    found = json.loads(inspect(path, "--json", "--gpu-memory-utilization", "0.5"))
+    assert found["kv_cache_memory"] == (5 << 20) - found["weight_bytes"]["float32"] > 0
+    assert found["num_blocks"] == found["kv_cache_memory"] // found["kv_bytes_per_block"]
+    assert found["is_kv_estimated"]
+    assert f"at most {found['num_blocks']:,} in" in inspect(path, "--gpu-memory-utilization", "0.5")
 
 
 def test_parameters_are_counted_once_and_before_passes(tiny_models: TinyModels) -> None:

@@ -10,11 +10,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
 from relevo import chaos
-from relevo.child import MAX_BACKOFF_SECONDS, MAX_DEATHS, Backoff
+from relevo import stack as stack_module
+from relevo.child import MAX_BACKOFF_SECONDS, MAX_DEATHS, Backoff, ChildSpec
 from relevo.core.errors import InvalidRequest, NotFound, RelevoError, StartupError, Unavailable
 from relevo.stack_state import (
     ChildState,
@@ -66,6 +68,37 @@ def test_child_that_dies_too_often_is_given_up() -> None:
     backoff = Backoff()
     assert None not in [backoff.after_death(now=float(number), ready_seconds=1) for number in range(MAX_DEATHS)]
     assert backoff.after_death(now=59.0, ready_seconds=1) is None
+
+
+class SeenChild:
+    """A child of a stack that is not started."""
+
+    specs: ClassVar[dict[str, ChildSpec]] = {}
+
+    def __init__(self, spec: ChildSpec) -> None:
+        self.specs[spec.name] = spec
+
+
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [
+        ({"num_prefill": 1, "num_decode": 1}, "0.45"),
+        ({"num_prefill": 1, "num_decode": 2, "worker_options": {"gpu-memory-utilization": "0.6"}}, "0.2"),
+        ({"num_prefill": 5, "topology": "aggregated"}, "0.9"),
+    ],
+)
+def test_workers_divide_a_gpu_equally(options: dict[str, Any], share: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stack_module, "Child", SeenChild)
+    monkeypatch.setattr(stack_module.Stack, "_await_ready", lambda self: None)
+    monkeypatch.setattr(stack_module.Stack, "_write_state", lambda self: None)
+    monkeypatch.setattr(SeenChild, "specs", {})
+    with stack_module.Stack(stack_module.StackConfig(port=0, **options)) as started:
+        started.start()
+        started.children.clear()  # nothing of them is to be stopped
+    shares = {name: spec.flags.get("gpu-memory-utilization") for name, spec in SeenChild.specs.items()}
+    workers = {name for name in shares if name.startswith(("prefill", "decode"))}
+    assert workers
+    assert shares == {name: share if name in workers else None for name in shares}
 
 
 def test_state_is_for_its_user_alone_and_comes_back_whole(folder: Path) -> None:

@@ -1,4 +1,5 @@
-"""The engine's greedy tokens, whole and split over two engines, against transformers' own, in float32."""
+"""The engine's greedy tokens, whole and split over two engines, against transformers' own, in float32; and how steps
+are launched on a GPU."""
 
 from __future__ import annotations
 
@@ -33,6 +34,29 @@ def check_parity(bench: Bench) -> None:
             bench.checks.append(Check(name, False, short_reason(error)))
 
 
+def check_steps(bench: Bench) -> None:
+    """On a GPU: decode is CUDA graphs, no step waits but for its tokens, and without either the tokens are the same."""
+    if bench.device.type != "cuda":
+        return
+    path = save_tiny_model("llama", bench.folder)
+    engine = _engine(bench, path)
+    graphs = engine.runner.forward.graphs
+    bench.checks.append(Check("decode steps are CUDA graphs", graphs is not None, "" if graphs else "see the log"))
+    expected = run(engine, _prompts(), NUM_TOKENS, bench.deadline).tokens
+    name = "no step waits but for its tokens"
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        answers = run(engine, _prompts(), NUM_TOKENS, bench.deadline).tokens
+        bench.checks.append(_compared(name, answers, expected))
+    except RuntimeError as error:
+        bench.checks.append(Check(name, False, short_reason(error)))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waiting = _engine(bench, path, enforce_eager=True, async_scheduling=False)
+    answers = run(waiting, _prompts(), NUM_TOKENS, bench.deadline).tokens
+    bench.checks.append(_compared("tokens are the same without graphs, waiting for each step", answers, expected))
+
+
 def check_handover(bench: Bench) -> None:
     """Prompts that end within a block, with one, and behind one; by two engines as by one."""
     path = save_tiny_model("llama", bench.folder)
@@ -43,7 +67,7 @@ def check_handover(bench: Bench) -> None:
     bench.checks.append(_compared("tokens after a hand-over equal one engine's", answers, expected))
 
 
-def _engine(bench: Bench, path: Path) -> Engine:
+def _engine(bench: Bench, path: Path, **options: Any) -> Engine:
     """Chunks of 32 tokens, so that a prompt takes several steps."""
     return Engine(
         EngineConfig(
@@ -55,6 +79,7 @@ def _engine(bench: Bench, path: Path) -> Engine:
             device="cuda" if bench.device.type == "cuda" else "cpu",
             threads=1 if bench.tiny else None,
             attention_backend=bench.backend,
+            **options,
         )
     )
 

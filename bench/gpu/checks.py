@@ -37,11 +37,14 @@ def check_kernels(bench: Bench) -> None:
 
 def run_checks(kernels: Kernels, backend: str, device: torch.device, *, tiny: bool) -> Iterator[Check]:
     from bench.gpu.check_attention import attention_checks
+    from bench.gpu.check_checksums import checksum_checks
     from bench.gpu.check_elements import element_checks
     from bench.gpu.check_products import product_checks
     from bench.gpu.check_sampling import sampling_checks
 
-    for name, check in {**attention_checks(), **element_checks(), **product_checks(), **sampling_checks()}.items():
+    checks = attention_checks() | element_checks() | product_checks() | sampling_checks()
+    checks |= checksum_checks(backend, device)
+    for name, check in checks.items():
         torch.manual_seed(0)
         try:
             check(kernels, device, tiny)

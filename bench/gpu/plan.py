@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from bench.gpu import figures
-from bench.gpu.check_engine import check_handover, check_parity
+from bench.gpu.check_engine import check_handover, check_parity, check_steps
 from bench.gpu.checks import check_kernels
 from bench.gpu.kernel_times import KERNEL_TIMES
 from bench.gpu.model_times import measure_decode, measure_handover, measure_prefill, measure_throughput
@@ -23,6 +23,7 @@ def make_plan() -> list[Part]:
         Part("device", 15, measure_device, figures.MACHINE),
         Part("kernels against float64", 100, check_kernels, is_check=True),
         Part("engine against transformers", 60, check_parity, is_check=True),
+        Part("steps of an engine", 30, check_steps, is_check=True),
         Part("hand-over between two engines", 20, check_handover, is_check=True),
         *(
             Part(f"kernel: {figure.label}", 15, KERNEL_TIMES[figure.key], (figure,), frees=True)

@@ -27,7 +27,7 @@ from relevo.core.schedule import ScheduledRequest
 from relevo.engine.engine import Engine
 from relevo.engine.grammar_masks import Masks
 from relevo.engine.logits_processing import SamplingRow
-from relevo.engine.sampler import Sampled, SampledToken, Sampler
+from relevo.engine.sampler import EnqueuedTokens, Sampled, SampledToken, Sampler
 from relevo.engine.spec_decode.ngram import NgramProposer
 from relevo.engine.spec_decode.proposer import Proposer
 from relevo.engine.spec_decode.speculator import Speculator
@@ -79,13 +79,17 @@ class ScriptedSampler(Sampler):
         super().__init__(sampler.vocab_size, sampler.device, sampler.kernels)
         self._script = script
 
-    def sample(self, logits: Tensor, rows: Sequence[SamplingRow], masks: Masks | None = None) -> list[Sampled]:
-        drawn = super().sample(logits, rows, masks)
+    def enqueue(self, logits: Tensor, rows: Sequence[SamplingRow], masks: Masks | None = None) -> EnqueuedTokens:
+        enqueued = super().enqueue(logits, rows, masks)
         said = [self._script.token(row, len(row.token_ids)) for row in rows]
-        return [
-            replace(token, token_id=token_id) if isinstance(token, SampledToken) else token
-            for token, token_id in zip(drawn, said, strict=True)
-        ]
+
+        def read() -> list[Sampled]:
+            return [
+                replace(token, token_id=token_id) if isinstance(token, SampledToken) else token
+                for token, token_id in zip(enqueued.read(), said, strict=True)
+            ]
+
+        return EnqueuedTokens(enqueued.token_ids, read)
 
 
 class AgreeingProposer:

@@ -10,6 +10,9 @@ from relevo.core.block_hash import BlockHash, hash_blocks
 from relevo.core.output_grammar import OutputGrammar
 from relevo.core.sampling_params import SamplingParams
 
+# Where a token will be that a step in flight samples: no token's id, so that whoever takes it for one fails.
+PENDING_TOKEN = -1
+
 
 class RequestStatus(Enum):
     WAITING = "waiting"  # has no blocks
@@ -55,6 +58,7 @@ class Request:
     num_named_blocks: int = 0  # leading blocks that the pool knows by name
     num_preemptions: int = 0
     is_parked: bool = False  # its next token is chosen together with others': nothing to compute before
+    num_pending_tokens: int = 0  # the last of token_ids, which steps in flight sample
     num_prompt_logprobs: int = 0  # rows of the prompt whose logits were looked at, each for the token that follows it
     _block_hashes: list[BlockHash] = field(default_factory=list)
 
@@ -73,6 +77,16 @@ class Request:
     @property
     def num_uncomputed_tokens(self) -> int:
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def is_ending(self) -> bool:
+        """Its last token is being sampled: nothing of it is left to compute."""
+        return self.num_pending_tokens > 0 and self.num_output_tokens >= self.max_tokens
+
+    def drop_pending_tokens(self) -> None:
+        """It has ended before them."""
+        del self.token_ids[self.num_tokens - self.num_pending_tokens :]
+        self.num_pending_tokens = 0
 
     def end_reason(self, token_id: int, num_output_tokens: int) -> FinishReason | None:
         """Why the request ends with this token as the last of so many; None: it goes on."""

@@ -186,6 +186,17 @@ class SamplingParams:
     def needs_penalties(self) -> bool:
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
 
+    @property
+    def needs_text(self) -> bool:
+        """What is done to a row's logits depends on which tokens are before it, and not on their number alone."""
+        return (
+            self.needs_penalties
+            or bool(self.bad_words_token_ids or self.logits_processors)
+            or self.structured_outputs is not None
+            or self.use_beam_search
+            or self.prompt_logprobs is not None
+        )
+
 
 def choice_seed(seed: int, index: int) -> int:
     """Of the index-th choice for one prompt. Choice 0 takes the seed itself: asking for more changes no answer."""

@@ -71,7 +71,7 @@ class Scheduler:
         request.token_ids += token_ids
         assert request.num_computed_tokens <= num_computed_tokens <= request.num_tokens
         request.num_computed_tokens = num_computed_tokens
-        self._name_blocks(request, num_computed_tokens)
+        self.name_blocks(request, num_computed_tokens)
         if request.num_uncomputed_tokens:
             request.status = RequestStatus.RUNNING
             self.running.append(request)
@@ -95,6 +95,7 @@ class Scheduler:
             del self.waiting_for_kv[request_id]
         elif request.status is RequestStatus.RUNNING:
             self.running.remove(request)
+        request.drop_pending_tokens()
         request.finish_reason = FinishReason.CANCELLED
         request.status = RequestStatus.FINISHED
         self._forget(request)
@@ -105,7 +106,7 @@ class Scheduler:
         request = self._requests.get(request_id)
         if request is not None:
             request.finish_reason = FinishReason.CANCELLED
-            self._end(request)
+            self.end(request)
         return request
 
     def release(self, request_id: str) -> None:
@@ -180,10 +181,30 @@ class Scheduler:
                     ended.append(request)
             else:
                 request.num_computed_tokens += scheduled.num_scheduled_tokens - len(scheduled.draft_token_ids)
-            self._name_blocks(request, request.num_computed_tokens)
+            self.name_blocks(request, request.num_computed_tokens)
         for request in ended:
-            self._end(request)
+            self.end(request)
         return ended
+
+    def name_blocks(self, request: Request, num_computed_tokens: int) -> None:
+        """Its full blocks among these tokens, which are known and computed, can be found from now on."""
+        block_hashes = request.block_hashes(num_computed_tokens)
+        for index in range(request.num_named_blocks, len(block_hashes)):
+            self.pool.name(request.block_ids[index], block_hashes[index])
+        request.num_named_blocks = max(request.num_named_blocks, len(block_hashes))
+
+    def end(self, request: Request) -> None:
+        """Free what a request that has ended holds, or hold it until release()."""
+        if request.status is RequestStatus.WAITING:  # preempted while its last token was on its way
+            self.waiting.remove(request)
+        else:
+            self.running.remove(request)
+        request.drop_pending_tokens()
+        request.status = RequestStatus.FINISHED
+        if request.hold_blocks:
+            self.held[request.request_id] = request
+        else:
+            self._forget(request)
 
     def check(self) -> None:
         """Prove that pool and requests agree; AssertionError says where they do not."""
@@ -227,8 +248,8 @@ class Scheduler:
         spare = min(budget - len(self.running), budget // 2)
         share = 0.5 if self.waiting else 1.0
         for request in sorted(self.running, key=later):
-            if request.status is not RequestStatus.RUNNING:
-                continue  # preempted for one before it
+            if request.status is not RequestStatus.RUNNING or request.is_ending:
+                continue  # preempted for one before it, or nothing of it is left to compute
             num_tokens = self._num_to_schedule(request, budget)
             is_prompt = request.num_uncomputed_tokens > 1
             position = request.num_computed_tokens
@@ -251,7 +272,7 @@ class Scheduler:
         lowest = max((request.priority for request in self.running), default=0)
         if not self.waiting or self.waiting[0].priority >= lowest:
             return
-        head = next((r for r in self.waiting if not r.is_parked and not self._is_being_computed(r)), None)
+        head = next((r for r in self.waiting if self._may_go(r)), None)
         if head is None:
             return
         victims = sorted(
@@ -303,7 +324,7 @@ class Scheduler:
         for request in list(self.waiting):
             if not self.has_place:
                 break
-            if request.is_parked or self._is_being_computed(request):
+            if not self._may_go(request):
                 continue
             if not request.await_kv and prompt_budget.fit(0, self._num_to_schedule(request, budget)) == 0:
                 break
@@ -325,6 +346,10 @@ class Scheduler:
                 self._take(request, num_tokens, output)
                 budget -= num_tokens
                 prompt_budget.take(position, num_tokens)
+
+    def _may_go(self, request: Request) -> bool:
+        """Whether a step may compute something of it."""
+        return not (request.is_parked or request.is_ending or self._is_being_computed(request))
 
     def _admit(self, request: Request) -> bool:
         """Blocks for all known tokens (awaiting KV: and some output), cached ones shared; False if too few are free."""
@@ -411,20 +436,6 @@ class Scheduler:
         request.num_preemptions += 1
         request.status = RequestStatus.WAITING
         insort(self.waiting, request, key=_urgency)
-
-    def _name_blocks(self, request: Request, num_computed_tokens: int) -> None:
-        block_hashes = request.block_hashes(num_computed_tokens)
-        for index in range(request.num_named_blocks, len(block_hashes)):
-            self.pool.name(request.block_ids[index], block_hashes[index])
-        request.num_named_blocks = max(request.num_named_blocks, len(block_hashes))
-
-    def _end(self, request: Request) -> None:
-        self.running.remove(request)
-        request.status = RequestStatus.FINISHED
-        if request.hold_blocks:
-            self.held[request.request_id] = request
-        else:
-            self._forget(request)
 
     def _forget(self, request: Request) -> None:
         self._free_blocks(request)

@@ -59,7 +59,7 @@ def beam_candidates(kernels: Kernels, logits: Tensor, row: SamplingRow) -> BeamC
     if sampling.logprobs is not None and likeliest:
         first, *others = [i for i, _ in likeliest]
         own = named_logprobs(kernels, logits, first, others)
-        top = token_logprobs(kernels, logits.unsqueeze(0), [first], [sampling.logprobs])[0].top
+        top = token_logprobs(kernels, logits.unsqueeze(0), ids[0, :1], [sampling.logprobs])[0].top
         if sampling.logprob_token_ids:
             named = [i for i in sampling.logprob_token_ids if i < len(logits)]
             top = named_logprobs(kernels, logits, first, named).top

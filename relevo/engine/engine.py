@@ -7,44 +7,32 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
-from relevo.allocator import keep_freed_memory
 from relevo.core.block_hash import BlockHash, root_hash
 from relevo.core.block_pool import BlockPool
 from relevo.core.errors import InvalidRequest, RelevoError
+from relevo.core.in_flight import advance, settle
 from relevo.core.request import FinishReason, Request
 from relevo.core.sampling_params import SamplingParams
 from relevo.core.schedule import SchedulerConfig, SchedulerOutput
 from relevo.core.scheduler import Scheduler
 from relevo.engine.beams import BeamCandidates, BeamGroups, EndedBeams
-from relevo.engine.config import EngineConfig, EngineInfo
-from relevo.engine.kv_cache import KVCache
-from relevo.engine.loading import kv_dtype, load_configured
+from relevo.engine.config import EngineConfig
+from relevo.engine.gpu.start import start_on
 from relevo.engine.logits_processors import make_processor
-from relevo.engine.model_runner import ModelRunner, RunResult
+from relevo.engine.parts import EngineParts, load_parts
 from relevo.engine.prompt_logprobs import max_rows
-from relevo.engine.rates import EngineRates
-from relevo.engine.sampler import SampledToken, Sampler
-from relevo.engine.sizing import choose_device, count_blocks, find_max_model_len
-from relevo.engine.spec_decode.make import load_draft_model, make_speculator
+from relevo.engine.rates import EngineRates, prompt_chunks
+from relevo.engine.shortage import STEP_ADVICE, explain_shortage
+from relevo.engine.sizing import choose_device
 from relevo.engine.spec_decode.speculator import Speculator
-from relevo.engine.step_result import (
-    Chunk,
-    Computed,
-    EndedRequest,
-    EngineLoad,
-    NewTokens,
-    PromptLogprobs,
-    Reserved,
-    StepResult,
-)
-from relevo.engine.threads import set_num_threads
+from relevo.engine.step import Step, chunks_of, runs_ahead
+from relevo.engine.step_result import EndedRequest, EngineLoad, PromptLogprobs, Reserved, StepResult
 from relevo.engine.turns import Turns
 from relevo.grammar.compiler import GrammarCompiler
 from relevo.grammar.matcher import start_matching
-from relevo.kernels import load_backend
-from relevo.model_files import TOKENIZER_FILE, generation_defaults, resolve_model
-from relevo.models.layout import KVLayout
+from relevo.model_files import TOKENIZER_FILE
 from relevo.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -56,59 +44,40 @@ class Engine:
     """Continuous batching over one model on one device. Raises StartupError if it can't be built."""
 
     def __init__(self, config: EngineConfig) -> None:
-        files = resolve_model(config.model, weights=config.load_format != "dummy")
         device = choose_device(config.device)
-        set_num_threads(config.threads)
-        kernels = load_backend(config.attention_backend, device.type)
-        model = load_configured(config, files, kernels, device)
-        keep_freed_memory()
-        layout = KVLayout(layers=model.layout_layers, dtype=kv_dtype(config, model), block_size=config.block_size)
-        draft = load_draft_model(config, kernels, device)
-        draft_layout = None if draft is None else KVLayout(draft.layout_layers, draft.dtype, config.block_size)
-        draft_bytes = 0 if draft_layout is None else draft_layout.block_bytes
-        num_blocks = count_blocks(config, layout.block_bytes + draft_bytes, device)
-        max_model_len = find_max_model_len(config, model.max_model_len, num_blocks)
-        eos_token_ids = generation_defaults(files).eos_token_ids
-        self.info = EngineInfo(
-            model_name=files.name,
-            fingerprint=layout.fingerprint(*model.fingerprint_parts),
-            block_size=config.block_size,
-            block_bytes=layout.block_bytes,
-            num_blocks=num_blocks,
-            max_model_len=max_model_len,
-            vocab_size=model.vocab_size,
-            eos_token_ids=eos_token_ids,
-            max_num_seqs=config.max_num_seqs,
-        )
-        self.kv_cache = KVCache(layout, num_blocks, device)
+        config = config.on(device.type)
+        with start_on(device, config.gpu_lock_dir) as memory, explain_shortage(device, "the engine", STEP_ADVICE):
+            parts = load_parts(config, device, memory)
+            self.info, self.kv_cache, self.runner = parts.info, parts.kv_cache, parts.runner
+            self._turns = Turns(config.turn_file) if config.turn_file and device.type == "cpu" else nullcontext()
+            self._grammars = _make_grammars(parts)
+            self._compiling: dict[str, Request] = {}  # submitted, and not with the scheduler yet
+            self._cancelled: list[EndedRequest] = []
+            self.num_copied_blocks = 0  # for beams that part
+            self._may_run_ahead = device.type == "cuda" if config.async_scheduling is None else config.async_scheduling
+            self._in_flight: Step | None = None
+            self._settled_at = 0.0  # the last step; on the clock of time.monotonic
+            self.speculator: Speculator | None = None  # to be exchanged only between requests
+            self._begin(config)
+            self._warm_up()
+            parts.capture_graphs(config)
+            self.speculator = parts.make_speculator(config)
+            parts.keep_for_steps(memory)
+            self._begin(config)
+
+    def _begin(self, config: EngineConfig) -> None:
+        """With nothing known, measured or cached."""
         self.scheduler = Scheduler(
             SchedulerConfig(
                 config.max_num_seqs,
                 config.max_num_batched_tokens,
                 config.block_size,
-                max_prompt_logprobs=max_rows(model.vocab_size),
+                max_prompt_logprobs=max_rows(self.info.vocab_size),
             ),
-            BlockPool(num_blocks),
+            BlockPool(self.info.num_blocks),
         )
-        sampler = Sampler(model.vocab_size, device, kernels)
-        self.runner = ModelRunner(model, self.kv_cache, kernels, sampler, eos_token_ids)
-        self._turns = Turns(config.turn_file) if config.turn_file and device.type == "cpu" else nullcontext()
-        self._grammars = GrammarCompiler(
-            lambda: Tokenizer.from_files(files), eos_token_ids, vocab_size=model.vocab_size, compile_seconds=math.inf
-        )
-        if (files.path / TOKENIZER_FILE).is_file():  # another form would have to be converted
-            self._grammars.prepare()
-        self._compiling: dict[str, Request] = {}  # submitted, and not with the scheduler yet
-        self._cancelled: list[EndedRequest] = []
         self._beams = BeamGroups(self.scheduler)
-        self.num_copied_blocks = 0  # for beams that part
         self._rates = EngineRates(config.block_size, config.step_stretch)
-        # To be exchanged only between requests.
-        self.speculator: Speculator | None = None
-        self._warm_up()
-        if config.speculative is not None:
-            draft_cache = None if draft_layout is None else KVCache(draft_layout, num_blocks, device)
-            self.speculator = make_speculator(config, self.runner, draft, draft_cache)
 
     def make_request(
         self,
@@ -204,60 +173,116 @@ class Engine:
     @property
     def has_unfinished_requests(self) -> bool:
         scheduler = self.scheduler
-        return bool(scheduler.waiting or scheduler.running or scheduler.waiting_for_kv or self._compiling)
+        return bool(scheduler.waiting or scheduler.running or scheduler.waiting_for_kv or self.is_busy)
 
     @property
-    def is_compiling(self) -> bool:
-        """Requests wait for their grammars: a step that schedules nothing now may schedule something later."""
-        return bool(self._compiling)
+    def is_busy(self) -> bool:
+        """A step now may bring something though the last one brought nothing: one is in flight, or grammars are being
+        compiled.
+        """
+        return self._in_flight is not None or bool(self._compiling)
 
     def step(self) -> StepResult:
+        """Schedule and compute. Where no token's choice needs the text before it, the next step is launched before
+        this one's tokens are read: the device does not wait for us. Then the result is that of the step before.
+        """
         self._take_compiled()
+        before, self._in_flight = self._in_flight, None
+        ahead = self._may_run_ahead and self.speculator is None
+        ahead = ahead and runs_ahead([*self.scheduler.running, *self.scheduler.waiting])
+        if before is not None and not ahead:
+            return self._settle(before)  # what comes next needs its tokens
+        step = self._launch(before)
+        if not ahead or step.launched is None:
+            return self._settle(before or step, step.output)
+        step.advanced = advance(step.output)
+        self._in_flight = step
+        if before is not None:
+            return self._settle(before, step.output)
+        return self._told(StepResult(self.load()), step.output)
+
+    def _launch(self, before: Step | None) -> Step:
         speculator = self.speculator
         began_at = time.monotonic()
         output = self.scheduler.schedule(speculator.plan(self.scheduler.running) if speculator else None)
-        started = time.perf_counter()
-        sampled: dict[str, list[SampledToken]] = {}
-        failed: dict[str, RelevoError] = {}
-        run = RunResult({}, {}, {})
-        proposed = started
+        step = Step(output, None, chunks_of(output), prompt_chunks(output), began_at)
         if output.scheduled:
             with self._turns:
                 if speculator:
-                    output = speculator.propose(output)
-                proposed = time.perf_counter()
-                run = self.runner.run(output.scheduled)
-        for name, result in run.sampled.items():
-            if isinstance(result, RelevoError):
-                failed[name] = result
-            else:
-                sampled[name] = result
-        if speculator and output.scheduled:
-            speculator.learn(output.scheduled, sampled, time.perf_counter() - proposed)
+                    step.output = output = speculator.propose(output)
+                step.verified_from = time.monotonic()
+                step.launched = self.runner.launch(output.scheduled, before.launched if before else None)
+        return step
+
+    def _settle(self, step: Step, scheduled: SchedulerOutput | None = None) -> StepResult:
+        """Account for a step. scheduled: of the last one that was launched, if nothing was told of it yet"""
+        output = step.output
+        outcome = step.wait()
+        ended_at = time.monotonic()
+        if self.speculator and output.scheduled:
+            self.speculator.learn(output.scheduled, outcome.sampled, ended_at - step.verified_from)
         token_ids = {
-            entry.request.request_id: entry.request.until_end([token.token_id for token in tokens])
-            for entry in output.scheduled
-            if (tokens := sampled.get(entry.request.request_id))
+            name: entry.request.until_end([token.token_id for token in tokens])
+            for entry in outcome.entries
+            if (tokens := outcome.sampled.get(name := entry.request.request_id))
         }
-        # Waiting for a turn counts: so long does a step take here.
-        self._rates.measure(output, sum(map(len, token_ids.values())), time.perf_counter() - started)
+        # Waiting for a turn counts: so long does a step take here. Of steps that overlap, the time between their ends.
+        began_at = max(step.began_at, self._settled_at)
+        self._settled_at = ended_at
+        self._rates.measure(output, step.prompt_chunks, sum(map(len, token_ids.values())), ended_at - began_at)
         self.scheduler.prompt_limit = self._rates.prompt_limit
-        chunks = chunks_of(output)
-        ended = self.scheduler.update(output, token_ids)
-        for name, error in failed.items():
+        if step.advanced is None:
+            ended = self.scheduler.update(output, token_ids)
+        else:
+            ended = settle(self.scheduler, step.advanced, {name: ids[0] for name, ids in token_ids.items()})
+        for name, error in outcome.failed.items():
             request = self._beams.drop(name) or self.scheduler.fail(name)
             if request is not None:  # else another hypothesis of the same search has failed before
                 self._end(request, error)
-        beams = self._advance_beams(run.candidates)
-        return self._result(output, run, token_ids, sampled, ended, beams, chunks, began_at)
+        result = StepResult(
+            load=EngineLoad(),
+            beams=self._advance_beams(outcome.run.candidates),
+            computed=step.computed(outcome.entries),
+            prompt_logprobs=[PromptLogprobs(name, logprobs) for name, logprobs in outcome.run.prompt_logprobs.items()],
+            tokens=outcome.new_tokens(token_ids),
+            # A grammar that has failed has left nothing but the end of text.
+            ended=[
+                self._ended(r, r.finish_reason, r.grammar.error if r.grammar else None)
+                for r in ended
+                if r.finish_reason
+            ],
+            num_scheduled_tokens=output.num_scheduled_tokens,
+            chunks=step.chunks,
+            began_at=began_at,
+            ended_at=ended_at,
+        )
+        return self._told(result, scheduled)
+
+    def _told(self, result: StepResult, scheduled: SchedulerOutput | None) -> StepResult:
+        """With all that there is to tell beside what a step has computed."""
+        stored, removed = self.scheduler.pool.drain_events()
+        cancelled, self._cancelled = self._cancelled, []
+        beams = [self._ended(b.request, b.beams[0].finish_reason) for b in result.beams]
+        output = scheduled or SchedulerOutput()
+        return replace(
+            result,
+            load=self.load(),
+            reserved=[
+                Reserved(r.request_id, r.block_ids[: r.num_tokens // r.block_size], r.num_computed_tokens)
+                for r in output.reserved
+            ],
+            admitted=[request.request_id for request in output.admitted],
+            ended=cancelled + beams + result.ended,
+            stored=stored,
+            removed=removed,
+        )
 
     def _advance_beams(self, candidates: dict[str, BeamCandidates]) -> list[EndedBeams]:
         if not candidates:
             return []
         self._beams.take({name: its for name, its in candidates.items() if self._beams.has(name)})
         copies, ended, failed = self._beams.advance()
-        for source, target in copies:
-            self.kv_cache.storage[target].copy_(self.kv_cache.storage[source])
+        self.kv_cache.copy_blocks(copies)
         self.num_copied_blocks += len(copies)
         for request, error in failed:
             self._end(request, error)
@@ -296,53 +321,6 @@ class Engine:
             speculation=self.speculator.stats() if self.speculator else None,
         )
 
-    def _result(
-        self,
-        output: SchedulerOutput,
-        run: RunResult,
-        token_ids: dict[str, list[int]],
-        sampled: dict[str, list[SampledToken]],
-        ended: list[Request],
-        beams: list[EndedBeams],
-        chunks: list[Chunk],
-        began_at: float,
-    ) -> StepResult:
-        stored, removed = self.scheduler.pool.drain_events()
-        cancelled, self._cancelled = self._cancelled, []
-        return StepResult(
-            load=self.load(),
-            reserved=[
-                Reserved(r.request_id, r.block_ids[: r.num_tokens // r.block_size], r.num_computed_tokens)
-                for r in output.reserved
-            ],
-            admitted=[request.request_id for request in output.admitted],
-            computed=[
-                Computed(entry.request.request_id, entry.request.num_computed_tokens, list(entry.request.block_ids))
-                for entry in output.scheduled
-                if entry.request.hold_blocks
-            ],
-            prompt_logprobs=[PromptLogprobs(name, logprobs) for name, logprobs in run.prompt_logprobs.items()],
-            tokens=[
-                NewTokens(name, ids, [token.logprobs for token in sampled[name][: len(ids)] if token.logprobs])
-                for name, ids in token_ids.items()
-            ],
-            beams=beams,
-            # A grammar that has failed has left nothing but the end of text.
-            ended=cancelled
-            + [self._ended(b.request, b.beams[0].finish_reason) for b in beams]
-            + [
-                self._ended(r, r.finish_reason, r.grammar.error if r.grammar else None)
-                for r in ended
-                if r.finish_reason
-            ],
-            stored=stored,
-            removed=removed,
-            num_scheduled_tokens=output.num_scheduled_tokens,
-            chunks=chunks,
-            began_at=began_at,
-            ended_at=time.monotonic(),
-        )
-
     def _ended(self, request: Request, reason: FinishReason, error: RelevoError | None = None) -> EndedRequest:
         num_drafted = num_accepted = 0
         if self.speculator is not None:
@@ -359,16 +337,14 @@ class Engine:
             self.submit(self.make_request("warm-up", prompt, SamplingParams(max_tokens=2, temperature=0.0, seed=0)))
         while self.has_unfinished_requests:
             self.step()
-        self.scheduler = Scheduler(self.scheduler.config, BlockPool(self.info.num_blocks))
-        self._beams = BeamGroups(self.scheduler)
-        self._rates = EngineRates(self.info.block_size, self._rates.step_stretch)
         logger.debug("warm-up took %.2f s", time.perf_counter() - started)
 
 
-def chunks_of(output: SchedulerOutput) -> list[Chunk]:
-    """What a step is to compute of prompts; plain steps of running requests are none. Before the step is accounted."""
-    return [
-        Chunk(entry.request.request_id, entry.num_known_tokens)
-        for entry in output.scheduled
-        if entry.num_known_tokens > 1 or not entry.request.num_output_tokens
-    ]
+def _make_grammars(parts: EngineParts) -> GrammarCompiler:
+    files, info = parts.files, parts.info
+    grammars = GrammarCompiler(
+        lambda: Tokenizer.from_files(files), info.eos_token_ids, vocab_size=info.vocab_size, compile_seconds=math.inf
+    )
+    if (files.path / TOKENIZER_FILE).is_file():  # another form would have to be converted
+        grammars.prepare()
+    return grammars

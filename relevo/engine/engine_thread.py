@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from relevo.core.block_hash import BlockHash
 from relevo.core.request import Request
 from relevo.engine.engine import Engine
+from relevo.engine.shortage import SERVING_ADVICE, explain_shortage
 from relevo.engine.step_result import StepResult
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ class EngineThread:
     def _step_until_stopped(self) -> None:
         idle = False
         load = self.engine.load()
+        device = self.engine.kv_cache.storage.device
         while True:
             commands = self._drain(wait=idle)
             began_at = self._step_began_at = time.monotonic()
@@ -119,11 +121,12 @@ class EngineThread:
                 if command is None:
                     return
                 command(self.engine)
-            result = self.engine.step()
+            with explain_shortage(device, "a step", SERVING_ADVICE):
+                result = self.engine.step()
             seconds = time.monotonic() - began_at
             self._longest_step_seconds = max(seconds, _MEMORY * self._longest_step_seconds)
-            # Nothing was scheduled: only a command can change that, or a grammar that is being compiled.
-            idle = result.num_scheduled_tokens == 0 and not self.engine.is_compiling
+            # Nothing was computed: only a command can change that, or what the engine is busy with.
+            idle = result.num_scheduled_tokens == 0 and not self.engine.is_busy
             # A release changes nothing but the load, and whoever places requests by it must hear of that too.
             if not result.is_empty or result.load != load:
                 self._tell(self._on_step, result)

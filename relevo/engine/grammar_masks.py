@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from relevo.core.output_grammar import OutputGrammar
 
@@ -22,18 +20,19 @@ _WORD = 32
 
 @dataclass(frozen=True, slots=True)
 class Masks:
-    """rows: [m] int64, which rows of the logits; words: [m, ceil(vocab / 32)] int32. See Kernels.mask_logits."""
+    """In host memory. rows: [m] int64, which rows of the logits; words: [m, ceil(vocab / 32)] int32. See
+    Kernels.mask_logits.
+    """
 
-    rows: Tensor
-    words: Tensor
+    rows: npt.NDArray[np.int64]
+    words: npt.NDArray[np.int32]
 
 
 class GrammarMasks:
     """One thread: the masks of a step are ready before its logits are, unless a grammar is uncommonly hard."""
 
-    def __init__(self, vocab_size: int, device: torch.device | str) -> None:
+    def __init__(self, vocab_size: int) -> None:
         self._num_words = -(-vocab_size // _WORD)
-        self._device = torch.device(device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
 
     def begin(self, rows: Sequence[SamplingRow]) -> Future[Masks] | None:
@@ -50,5 +49,4 @@ class GrammarMasks:
         for row, (_, grammar, output_token_ids) in enumerate(constrained):
             line = words[row]
             grammar.fill_mask(output_token_ids, line.ctypes.data, line.nbytes)
-        rows = torch.tensor([i for i, _, _ in constrained], dtype=torch.int64, device=self._device)
-        return Masks(rows, torch.from_numpy(words).to(self._device))
+        return Masks(np.array([i for i, _, _ in constrained], dtype=np.int64), words)

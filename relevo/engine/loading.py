@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from relevo.engine.config import EngineConfig
+from relevo.engine.shortage import LOADING_ADVICE, explain_shortage
 from relevo.kernels import Kernels
 from relevo.model_files import ModelFiles
 from relevo.models.causal_lm import CausalLM
@@ -18,13 +19,14 @@ def kv_dtype(config: EngineConfig, model: CausalLM) -> torch.dtype:
 
 def load_configured(config: EngineConfig, files: ModelFiles, kernels: Kernels, device: torch.device) -> CausalLM:
     """Raises StartupError if it can't be loaded."""
-    return load_model(
-        files,
-        dtype=config.dtype,
-        device=device,
-        load_format=config.load_format,
-        seed=config.seed,
-        kernels=kernels,
-        passes=config.passes,
-        quantization=config.quantization,
-    )
+    with explain_shortage(device, f"the model {files.name!r}", LOADING_ADVICE):
+        return load_model(
+            files,
+            dtype=config.dtype,
+            device=device,
+            load_format=config.load_format,
+            seed=config.seed,
+            kernels=kernels,
+            passes=config.passes,
+            quantization=config.quantization,
+        )

@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +21,7 @@ from torch import Tensor
 from relevo.core.errors import RelevoError
 from relevo.core.output_grammar import OutputGrammar
 from relevo.core.sampling_params import SamplingParams
+from relevo.engine.host_copies import upload, upload_ints
 from relevo.engine.logits_processors import apply_processor
 from relevo.kernels import Kernels
 
@@ -76,7 +76,7 @@ def _exclude_and_bias(logits: Tensor, row: SamplingRow) -> None:
         logits[_ids(tuple(banned), vocab_size, logits.device)] = -math.inf
     bias = {i: value for i, value in sampling.logit_bias.items() if i < vocab_size}
     if bias:
-        values = torch.tensor(list(bias.values()), device=logits.device, dtype=torch.float32)
+        [values] = upload([np.array(list(bias.values()), dtype=np.float32)], logits.device)
         logits[_ids(tuple(bias), vocab_size, logits.device)] += values
     if _below_min_tokens(row):
         stops = sampling.stop_token_ids if sampling.ignore_eos else (*row.eos_token_ids, *sampling.stop_token_ids)
@@ -97,8 +97,8 @@ def _penalize(logits: Tensor, rows: Mapping[int, SamplingRow], kernels: Kernels)
             token_ids, counts = _seen(row)
             entries.append(np.stack((np.full_like(token_ids, i), token_ids, counts)))
     if entries:
-        row_ids, token_ids, counts = _to(logits.device, np.concatenate(entries, axis=1))
-        kernels.apply_penalties(logits, row_ids, token_ids, counts, _to(logits.device, penalties))
+        (row_ids, token_ids, counts), on_device = upload([np.concatenate(entries, axis=1), penalties], logits.device)
+        kernels.apply_penalties(logits, row_ids, token_ids, counts, on_device)
 
 
 def _seen(row: SamplingRow) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -111,12 +111,6 @@ def _seen(row: SamplingRow) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64
     counts = np.zeros_like(token_ids)
     counts[np.searchsorted(token_ids, in_output)] = output_counts
     return token_ids, counts
-
-
-def _to(device: torch.device, values: npt.NDArray[Any]) -> Tensor:
-    """A copy that nobody waits for."""
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _banned(row: SamplingRow) -> list[int]:
@@ -149,4 +143,4 @@ def _changes_logits(row: SamplingRow) -> bool:
 @lru_cache(maxsize=64)
 def _ids(token_ids: tuple[int, ...], vocab_size: int, device: torch.device) -> Tensor:
     """Those within the vocabulary. Kept: allowed_token_ids may be half of it, and are the same in every step."""
-    return torch.tensor([i for i in token_ids if i < vocab_size], dtype=torch.int64, device=device)
+    return upload_ints([i for i in token_ids if i < vocab_size], device)

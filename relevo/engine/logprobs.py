@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from relevo.engine.host_copies import upload_ints
 from relevo.kernels import Kernels
 
 
@@ -28,33 +29,73 @@ class TokenLogprobs:
     top: tuple[Logprob, ...]
 
 
-def token_logprobs(
-    kernels: Kernels, logits: Tensor, token_ids: Sequence[int], counts: Sequence[int]
-) -> list[TokenLogprobs]:
-    """Each row's token, and so many of its likeliest.
+@dataclass(frozen=True, slots=True)
+class ScoredTokens:
+    """What is asked of some rows, as the device has it: their own token and others.
 
-    logits: [n, vocab] float32; token_ids, counts: one a row
+    ids, values: [n, 1 + m] int64 and float32; log-probabilities, each row's own token first
+    likelier:    [n] int64, how many tokens are likelier than the first; if is_named [n, 1 + m], than each
+    counts:      how many of the others each row wants
     """
-    if not token_ids:
-        return []
-    ids = torch.tensor(token_ids, dtype=torch.int64, device=logits.device).unsqueeze(1)
+
+    ids: Tensor
+    values: Tensor
+    likelier: Tensor
+    counts: Sequence[int]
+    is_named: bool
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.ids, self.values, self.likelier
+
+    def read(self, ids: Tensor, values: Tensor, likelier: Tensor) -> list[TokenLogprobs]:
+        """Of each row. ids, values, likelier: `tensors` in host memory"""
+        rows = zip(self.counts, ids.tolist(), values.tolist(), likelier.tolist(), strict=True)
+        if self.is_named:
+            return [_named(*row_scores) for _, *row_scores in rows]
+        return [
+            TokenLogprobs(
+                Logprob(row_ids[0], row_values[0], 1 + row_likelier), _ranked(row_values[1:], row_ids[1:], count)
+            )
+            for count, row_ids, row_values, row_likelier in rows
+        ]
+
+
+def score_tokens(kernels: Kernels, logits: Tensor, token_ids: Tensor, counts: Sequence[int]) -> ScoredTokens:
+    """Each row's token, and so many of its likeliest. Waits for nothing.
+
+    logits: [n, vocab] float32; token_ids: [n] int64, on its device; counts: one a row; n at least 1
+    """
+    ids = token_ids.unsqueeze(1)
     largest = min(max(counts), logits.shape[1])
     if largest:
         ids = torch.cat((ids, kernels.top_k(logits, largest)[1]), dim=1)
     values, likelier = kernels.score(logits, ids)
-    scored = zip(counts, ids.tolist(), values.tolist(), likelier.tolist(), strict=True)
-    return [
-        TokenLogprobs(Logprob(row_ids[0], row_values[0], 1 + row_likelier), _ranked(row_values[1:], row_ids[1:], count))
-        for count, row_ids, row_values, row_likelier in scored
-    ]
+    return ScoredTokens(ids, values, likelier, counts, is_named=False)
+
+
+def score_named(kernels: Kernels, logits: Tensor, token_id: Tensor, named: Sequence[int]) -> ScoredTokens:
+    """One row's token, and the tokens that were asked for by id. logits: [vocab] float32; token_id: [1] int64"""
+    ids = torch.cat((token_id, upload_ints(named, logits.device)))
+    values, _ = kernels.score(logits.unsqueeze(0), ids.unsqueeze(0))
+    likelier = torch.stack([(logits > of).sum() for of in logits[ids]])
+    return ScoredTokens(ids.unsqueeze(0), values, likelier.unsqueeze(0), [len(named)], is_named=True)
+
+
+def token_logprobs(kernels: Kernels, logits: Tensor, token_ids: Tensor, counts: Sequence[int]) -> list[TokenLogprobs]:
+    """See score_tokens; waits for the device."""
+    scored = score_tokens(kernels, logits, token_ids, counts)
+    return scored.read(*scored.tensors)
 
 
 def named_logprobs(kernels: Kernels, logits: Tensor, token_id: int, named: Sequence[int]) -> TokenLogprobs:
-    """One row's token, and the tokens that were asked for by id. logits: [vocab] float32"""
-    ids = [token_id, *named]
-    values, _ = kernels.score(logits.unsqueeze(0), torch.tensor([ids], dtype=torch.int64, device=logits.device))
-    ranks = [1 + int((logits > logits[i]).sum()) for i in ids]
-    chosen, *rest = [Logprob(*each) for each in zip(ids, values[0].tolist(), ranks, strict=True)]
+    """See score_named; waits for the device."""
+    scored = score_named(kernels, logits, upload_ints([token_id], logits.device), named)
+    return scored.read(*scored.tensors)[0]
+
+
+def _named(token_ids: list[int], values: list[float], likelier: list[int]) -> TokenLogprobs:
+    chosen, *rest = (Logprob(i, value, 1 + count) for i, value, count in zip(token_ids, values, likelier, strict=True))
     return TokenLogprobs(chosen, tuple(rest))
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 
 from torch import Tensor
 
 from relevo.core.request import Request
 from relevo.core.schedule import ScheduledRequest
-from relevo.engine.logprobs import TokenLogprobs, token_logprobs
+from relevo.engine.host_copies import Download, upload_ints
+from relevo.engine.logprobs import TokenLogprobs, score_tokens
 from relevo.kernels import Kernels
 
 MAX_LOGITS = 1 << 25  # held at once for them: 128 MiB of float32
@@ -44,17 +47,27 @@ class PromptRows:
             self.token_ids += request.token_ids[first + 1 : end + 1]
             self.spans.append((request, end - first))
 
-    def score(self, kernels: Kernels, logits: Tensor) -> dict[str, list[TokenLogprobs]]:
-        """By request id. logits: [len(indices), vocab] float32. From now on these rows may come from a cache."""
+    def enqueue(self, kernels: Kernels, logits: Tensor) -> Callable[[], dict[str, list[TokenLogprobs]]]:
+        """What waits for the device and says what came of these rows, by request id. From then on they may come from a
+        cache.
+
+        logits: [len(indices), vocab] float32
+        """
+        if not self.spans:
+            return dict
         counts = [count for request, num_rows in self.spans for count in [_count(request)] * num_rows]
-        scored = token_logprobs(kernels, logits, self.token_ids, counts)
-        by_request: dict[str, list[TokenLogprobs]] = {}
-        at = 0
-        for request, num_rows in self.spans:
-            by_request[request.request_id] = scored[at : at + num_rows]
-            request.num_prompt_logprobs += num_rows
-            at += num_rows
-        return by_request
+        scored = score_tokens(kernels, logits, upload_ints(self.token_ids, logits.device), counts)
+        download = Download(scored.tensors, logits.device)
+
+        def read() -> dict[str, list[TokenLogprobs]]:
+            rows = iter(scored.read(*download.wait()))
+            by_request: dict[str, list[TokenLogprobs]] = {}
+            for request, num_rows in self.spans:
+                by_request[request.request_id] = list(islice(rows, num_rows))
+                request.num_prompt_logprobs += num_rows
+            return by_request
+
+        return read
 
 
 def _count(request: Request) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from relevo.core.prompt_budget import PromptLimit
-from relevo.core.prompt_costs import PromptCosts
+from relevo.core.prompt_costs import Chunk, PromptCosts
 from relevo.core.schedule import SchedulerOutput
 from relevo.core.step_times import StepTimes
 
@@ -31,8 +31,8 @@ class EngineRates:
             return None
         return PromptLimit(self.prompt_costs, STRETCH_MARGIN * (self.step_stretch - 1.0) * plain_seconds)
 
-    def measure(self, output: SchedulerOutput, num_sampled_tokens: int, seconds: float) -> None:
-        """Account for a step that took so long, before its requests change."""
+    def measure(self, output: SchedulerOutput, chunks: list[Chunk], num_sampled_tokens: int, seconds: float) -> None:
+        """Account for a step that took so long. chunks: of prompt_chunks(), before its requests changed"""
         if not output.scheduled:
             return
         num_rows = sum(entry.num_known_tokens for entry in output.scheduled)
@@ -44,21 +44,24 @@ class EngineRates:
             # What a token takes: those that come of accepted drafts take no step of their own.
             self.step_times.add(num_rows, seconds * num_rows / num_sampled_tokens)
         if num_rows == output.num_scheduled_tokens:  # drafts take time as well
-            self._measure_prompts(output, has_chunk, seconds)
+            self._measure_prompts(chunks, len(output.scheduled) - len(chunks), has_chunk, seconds)
 
-    def _measure_prompts(self, output: SchedulerOutput, has_chunk: bool, seconds: float) -> None:
-        chunks = [
-            (entry.request.num_computed_tokens, entry.num_scheduled_tokens)
-            for entry in output.scheduled
-            if entry.num_scheduled_tokens > 1 or not entry.samples
-        ]
-        num_decoding = len(output.scheduled) - len(chunks)
+    def _measure_prompts(self, chunks: list[Chunk], num_decoding: int, has_chunk: bool, seconds: float) -> None:
         if not chunks:
             return
         if num_decoding == 0 and has_chunk:
             self.prompt_costs.add(chunks, seconds, alone=True)
         elif num_decoding and self.step_times.step_seconds:
             self.prompt_costs.add(chunks, seconds - self.step_times.seconds(num_decoding))
+
+
+def prompt_chunks(output: SchedulerOutput) -> list[Chunk]:
+    """Of what was scheduled, all but the next rows of requests that decode; before drafts are there."""
+    return [
+        (entry.request.num_computed_tokens, entry.num_scheduled_tokens)
+        for entry in output.scheduled
+        if entry.num_scheduled_tokens > 1 or not entry.samples
+    ]
 
 
 def _mean(mean: float, value: float) -> float:

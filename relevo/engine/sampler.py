@@ -7,9 +7,10 @@ logits_processing → grammar → greedy rows: argmax
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,8 +18,9 @@ from relevo.core.errors import InvalidRequest, RelevoError
 from relevo.core.sampling_params import SamplingParams
 from relevo.engine.beams import BeamCandidates, beam_candidates
 from relevo.engine.grammar_masks import Masks
+from relevo.engine.host_copies import Download, upload, upload_ints
 from relevo.engine.logits_processing import SamplingRow, process
-from relevo.engine.logprobs import TokenLogprobs, named_logprobs, token_logprobs
+from relevo.engine.logprobs import ScoredTokens, TokenLogprobs, score_named, score_tokens
 from relevo.engine.sampling_math import uniform
 from relevo.kernels import Kernels
 
@@ -41,6 +43,18 @@ class BadLogits(RelevoError):
         super().__init__("the model's logits are NaN or infinite")
 
 
+@dataclass(frozen=True, slots=True)
+class EnqueuedTokens:
+    """Tokens that are being chosen, one a row.
+
+    token_ids: [n] int64, on the device: for the next step's input
+    read: waits for the device, and says what came of each row
+    """
+
+    token_ids: Tensor
+    read: Callable[[], list[Sampled]]
+
+
 class Sampler:
     """Chooses one token a row. A row's token depends on that row alone: not on the batch, its order or the process."""
 
@@ -48,6 +62,7 @@ class Sampler:
         self.vocab_size = vocab_size
         self.kernels = kernels
         self.device = torch.device(device)
+        self._on_host = self.device.type == "cpu"  # where looking costs nothing
 
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow], masks: Masks | None = None) -> list[Sampled]:
         """One token a row, or why there is none: BadLogits, InvalidRequest if the row's parameters leave no token.
@@ -58,92 +73,148 @@ class Sampler:
         logits: [n, vocab_size] float32, on the sampler's device; left as they are. Of equal logits, greedy takes the
         lowest id. Token ids outside the vocabulary, in any parameter, have no effect.
         """
+        return self.enqueue(logits, rows, masks).read()
+
+    def enqueue(self, logits: Tensor, rows: Sequence[SamplingRow], masks: Masks | None = None) -> EnqueuedTokens:
+        """As sample(), without waiting for the device, but for rows of beams. `logits` may change once it returns."""
         assert logits.shape == (len(rows), self.vocab_size), f"logits {tuple(logits.shape)} for {len(rows)} rows"
         assert logits.dtype == torch.float32, f"logits must be float32, not {logits.dtype}"
-        if not rows:
-            return []
         beams = [i for i, row in enumerate(rows) if row.sampling.use_beam_search]
         if beams:
-            return self._with_beams(logits, rows, frozenset(beams), masks)
+            return self._with_beams(logits, rows, beams, masks)
+        if not rows:
+            return self._no_rows()
         processed, failures = process(logits, rows, self.kernels)
         if masks is not None:
-            processed = processed.clone() if processed is logits else processed
-            self.kernels.mask_logits(processed, masks.rows, masks.words)
+            processed = self._masked(processed, logits, masks)
         chosen, usable = self._likeliest(processed)
-        if masks is not None and not all(usable):
-            self._let_masks_win(processed, logits, masks, usable)
-            chosen, usable = self._likeliest(processed)
-        for i, ok in enumerate(usable):
-            if not ok and i not in failures:
-                failures[i] = _no_choice(logits[i])
-        drawn = [i for i, row in enumerate(rows) if i not in failures and not _is_greedy(row.sampling)]
-        if len(drawn) == len(rows):
-            chosen = self._draw(processed, rows)
-        elif drawn:
-            chosen[drawn] = self._draw(processed[drawn], [rows[i] for i in drawn])
-        token_ids: list[int] = chosen.tolist()
-        logprobs = self._logprobs(logits, rows, token_ids)
-        return [
-            failures[i] if i in failures else SampledToken(token_id, logprobs.get(i))
-            for i, token_id in enumerate(token_ids)
-        ]
+        has_choice = self._has_choice(logits, usable) if processed is not logits else usable
+        chosen = self._draw(processed, rows, chosen, usable, failures)
+        scored = self._score(logits, rows, chosen)
+        download = Download([chosen, usable, has_choice, *(t for _, its in scored for t in its.tensors)], self.device)
 
-    def _likeliest(self, logits: Tensor) -> tuple[Tensor, list[bool]]:
+        def read() -> list[Sampled]:
+            token_ids, are_usable, have_choices, *tensors = download.wait()
+            logprobs: dict[int, TokenLogprobs] = {}
+            for at, (indices, its) in enumerate(scored):
+                logprobs.update(zip(indices, its.read(*tensors[3 * at : 3 * at + 3]), strict=True))
+            each = zip(token_ids.tolist(), are_usable.tolist(), have_choices.tolist(), strict=True)
+            return [
+                failures.get(i) or (SampledToken(token_id, logprobs.get(i)) if ok else _no_choice(has_choice))
+                for i, (token_id, ok, has_choice) in enumerate(each)
+            ]
+
+        return EnqueuedTokens(chosen, read)
+
+    def _no_rows(self) -> EnqueuedTokens:
+        download = Download([], self.device)
+
+        def read() -> list[Sampled]:
+            download.wait()
+            return []
+
+        return EnqueuedTokens(torch.empty(0, dtype=torch.int64, device=self.device), read)
+
+    def _likeliest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The largest of each row, and whether it is finite: argmax takes a NaN for the largest."""
         chosen = self.kernels.argmax(logits)
-        return chosen, logits.gather(1, chosen.unsqueeze(1)).isfinite().squeeze(1).tolist()
+        return chosen, logits.gather(1, chosen.unsqueeze(1)).isfinite().squeeze(1)
 
-    def _let_masks_win(self, processed: Tensor, logits: Tensor, masks: Masks, usable: list[bool]) -> None:
-        """The rows that have no token left: the model's own logits, with the mask alone."""
-        is_usable = torch.tensor(usable, device=self.device)[masks.rows].unsqueeze(1)
-        processed[masks.rows] = torch.where(is_usable, processed[masks.rows], logits[masks.rows])
-        self.kernels.mask_logits(processed, masks.rows, masks.words)
+    def _has_choice(self, logits: Tensor, usable: Tensor) -> Tensor:
+        """Of the rows that are not usable: whether that is not for the model's own logits, [n, vocab_size]."""
+        if self._on_host and bool(usable.all()):
+            return usable
+        return logits.amax(dim=1).isfinite()
+
+    def _masked(self, processed: Tensor, logits: Tensor, masks: Masks) -> Tensor:
+        """Rows that would have no token left are the model's own logits, with the mask alone."""
+        rows, words = upload([masks.rows, masks.words], self.device)
+        processed = processed.clone() if processed is logits else processed
+        self.kernels.mask_logits(processed, rows, words)
+        _, usable = self._likeliest(processed)
+        if self._on_host and bool(usable.all()):
+            return processed
+        is_usable = usable.index_select(0, rows).unsqueeze(1)
+        processed[rows] = torch.where(is_usable, processed[rows], logits[rows])
+        self.kernels.mask_logits(processed, rows, words)
+        return processed
 
     def _with_beams(
-        self, logits: Tensor, rows: Sequence[SamplingRow], beams: frozenset[int], masks: Masks | None
-    ) -> list[Sampled]:
+        self, logits: Tensor, rows: Sequence[SamplingRow], beams: Sequence[int], masks: Masks | None
+    ) -> EnqueuedTokens:
         """Rows of beams bring what they could go on with, the others their token. Beams have no masks."""
-        others = [i for i in range(len(rows)) if i not in beams]
+        others = sorted({*range(len(rows))} - {*beams})
         if masks is not None:
-            among_others = [others.index(i) for i in masks.rows.tolist()]
-            masks = replace(masks, rows=torch.tensor(among_others, dtype=torch.int64, device=self.device))
-        tokens = self.sample(logits[others], [rows[i] for i in others], masks)
-        sampled = dict(zip(others, tokens, strict=True))
+            masks = replace(masks, rows=np.searchsorted(others, masks.rows))
+        enqueued = self.enqueue(logits[upload_ints(others, self.device)], [rows[i] for i in others], masks)
+        candidates: dict[int, Sampled] = {}
         for i in beams:
             try:
                 finite = bool(logits[i].max().isfinite())
-                sampled[i] = beam_candidates(self.kernels, logits[i], rows[i]) if finite else BadLogits()
+                candidates[i] = beam_candidates(self.kernels, logits[i], rows[i]) if finite else BadLogits()
             except RelevoError as error:
-                sampled[i] = error
-        return [sampled[i] for i in range(len(rows))]
+                candidates[i] = error
 
-    def _draw(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-        params = [row.sampling for row in rows]
-        return self.kernels.sample(
-            logits,
+        def read() -> list[Sampled]:
+            sampled = candidates | dict(zip(others, enqueued.read(), strict=True))
+            return [sampled[i] for i in range(len(rows))]
+
+        return EnqueuedTokens(enqueued.token_ids, read)
+
+    def _draw(
+        self,
+        logits: Tensor,
+        rows: Sequence[SamplingRow],
+        chosen: Tensor,
+        usable: Tensor,
+        failures: Mapping[int, RelevoError],
+    ) -> Tensor:
+        """`chosen`, with what is drawn for the rows that are not greedy."""
+        drawn = [i for i, row in enumerate(rows) if i not in failures and not _is_greedy(row.sampling)]
+        if self._on_host:
+            are_usable: list[bool] = usable.tolist()
+            drawn = [i for i in drawn if are_usable[i]]
+        elif drawn:
+            # There is nothing to draw from in a row without a finite largest logit; what comes of it is dropped.
+            logits = logits.masked_fill(~usable.unsqueeze(1), 0.0)
+        if not drawn:
+            return chosen
+        params = [rows[i].sampling for i in drawn]
+        indices = None if len(drawn) == len(rows) else upload_ints(drawn, self.device)
+        token_ids = self.kernels.sample(
+            logits if indices is None else logits.index_select(0, indices),
             temperature=[p.temperature for p in params],
             min_p=[p.min_p for p in params],
             top_k=[p.top_k for p in params],
             top_p=[p.top_p for p in params],
-            uniforms=[_uniform(row) for row in rows],
+            uniforms=[_uniform(rows[i]) for i in drawn],
         )
+        return token_ids if indices is None else chosen.index_copy_(0, indices, token_ids)
 
-    def _logprobs(self, logits: Tensor, rows: Sequence[SamplingRow], token_ids: list[int]) -> dict[int, TokenLogprobs]:
-        """By row index, for the rows that want them."""
+    def _score(
+        self, logits: Tensor, rows: Sequence[SamplingRow], chosen: Tensor
+    ) -> list[tuple[Sequence[int], ScoredTokens]]:
+        """For the rows that want log-probabilities: by their indices."""
         wanted = {i: k for i, row in enumerate(rows) if (k := row.sampling.logprobs) is not None}
+        if not wanted:
+            return []
         named = {i: rows[i].sampling.logprob_token_ids for i in wanted if rows[i].sampling.logprob_token_ids}
         counts = {i: k for i, k in wanted.items() if i not in named}
-        likeliest = logits if len(counts) == len(rows) else logits[list(counts)]
-        scored = token_logprobs(self.kernels, likeliest, [token_ids[i] for i in counts], list(counts.values()))
-        by_row = dict(zip(counts, scored, strict=True))
+        scored: list[tuple[Sequence[int], ScoredTokens]] = []
+        if counts:
+            indices = None if len(counts) == len(rows) else upload_ints(list(counts), self.device)
+            likeliest = logits if indices is None else logits.index_select(0, indices)
+            its = chosen if indices is None else chosen.index_select(0, indices)
+            scored.append((list(counts), score_tokens(self.kernels, likeliest, its, list(counts.values()))))
         for i, ids in named.items():
-            by_row[i] = named_logprobs(self.kernels, logits[i], token_ids[i], [j for j in ids if j < self.vocab_size])
-        return by_row
+            within = [j for j in ids if j < self.vocab_size]
+            scored.append(([i], score_named(self.kernels, logits[i], chosen[i : i + 1], within)))
+        return scored
 
 
-def _no_choice(logits: Tensor) -> RelevoError:
-    """Why a row has no finite largest logit after processing. logits: [vocab_size], the model's own"""
-    if not bool(logits.max().isfinite()):
+def _no_choice(has_choice: bool) -> RelevoError:
+    """Why a row has no finite largest logit after processing. has_choice: the model's own logits have one"""
+    if not has_choice:
         return BadLogits()
     return InvalidRequest("the parameters (allowed_token_ids, bad_words, stop tokens before min_tokens) leave no token")
 

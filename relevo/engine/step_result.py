@@ -104,4 +104,5 @@ class StepResult:
     @property
     def is_empty(self) -> bool:
         """Nobody needs to hear of it."""
-        return not (self.num_scheduled_tokens or self.reserved or self.ended or self.stored or self.removed)
+        told = self.num_scheduled_tokens or self.reserved or self.admitted or self.ended or self.stored or self.removed
+        return not told

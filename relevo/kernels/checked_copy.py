@@ -1,8 +1,8 @@
 """Copying a KV block and computing its checksum in one pass: each byte is read once, hashed as it was read, and stored.
 
-xxh3-64 (https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md, inputs of more than 240 bytes, seed 0), and
-stores that go past the caches where the target allows it: neither side's other data is thrown out of them, and no line
-is read only to be overwritten. Measured on 2 MiB blocks: 1.6 times as fast as a copy and a hash after another.
+xxh3-64, and stores that go past the caches where the target allows it: neither side's other data is thrown out of them,
+and no line is read only to be overwritten. Measured on 2 MiB blocks: 1.6 times as fast as a copy and a hash after
+another.
 
 Importing this needs numba, and no torch. The first call compiles, or reads the compiled code from disk.
 """
@@ -21,28 +21,22 @@ from numba.core.datamodel.models import PrimitiveModel
 from numba.extending import intrinsic, register_model
 
 from relevo.kernels.disk_cache import kept_on_disk
+from relevo.kernels.xxh3 import (
+    AVALANCHE,
+    FINAL_SECRET,
+    LAST_SECRET,
+    MIN_BYTES,
+    P32_1,
+    P64_1,
+    PIECE_BYTES,
+    SCRAMBLING_SECRET,
+    SECRET,
+    START,
+    STRIPE_BYTES,
+    STRIPES,
+)
 
-MIN_BYTES = 1024  # below, the algorithm is another one
 _TARGET_ALIGNMENT = 64  # of stores past the caches
-_STRIPE_BYTES = 64
-_STRIPES = 16  # between two scramblings
-_BLOCK_BYTES = _STRIPE_BYTES * _STRIPES
-
-# fmt: off
-_SECRET = np.frombuffer(bytes.fromhex(
-    "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671fcb79e64eccc0e578825ad07dccff7221b8084674f743248e"
-    "e03590e6813a264c3c2852bb91c300cb88d0658b1b532ea371644897a20df94e3819ef46a9deacd8a8fa763fe39c343ff9dcbbc7c70b4f1d"
-    "8a51e04bcdb45931c89f7ec9d9787364eac5ac8334d3ebc3c581a0fffa1363eb170ddd51b7f0da49d316552629d4689e2b16be587d47a1fc"
-    "8ff8b8d17ad031ce45cb3a8f95160428afd7fbcabb4b407e"
-), np.uint8)
-# fmt: on
-_SECRET_BYTES = 192
-_LAST_SECRET = _SECRET_BYTES - _STRIPE_BYTES - 7
-_P32_1, _P32_2, _P32_3 = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D
-_P64_1, _P64_2, _P64_3 = 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9
-_P64_4, _P64_5 = 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5
-_START = np.array([_P32_3, _P64_1, _P64_2, _P64_3, _P64_4, _P32_2, _P64_5, _P32_1], np.uint64)
-_AVALANCHE = 0x165667919E3779F9
 
 _I64, _I128 = ir.IntType(64), ir.IntType(128)
 _V = ir.VectorType(_I64, 8)
@@ -139,7 +133,7 @@ def _accumulate(builder: Any, acc: Any, value: Any, secret: Any) -> Any:
 @_emitting(_lanes, _lanes, _lanes)
 def _scramble(builder: Any, acc: Any, secret: Any) -> Any:
     mixed = builder.xor(builder.xor(acc, builder.lshr(acc, _splat(47))), secret)
-    return builder.mul(mixed, _splat(_P32_1))
+    return builder.mul(mixed, _splat(P32_1))
 
 
 @_emitting(types.uint64, types.uint64, types.uint64)
@@ -152,11 +146,11 @@ def _multiply_fold(builder: Any, a: Any, b: Any) -> Any:
 @numba.njit(error_model="numpy")
 def _finish(acc: Any, secret: Any, num_bytes: int) -> Any:
     """acc: [8] uint64. secret: the 64 bytes from its 11th on, as [8] uint64."""
-    result = np.uint64(num_bytes) * np.uint64(_P64_1)
+    result = np.uint64(num_bytes) * np.uint64(P64_1)
     for index in range(0, 8, 2):
         result += _multiply_fold(acc[index] ^ secret[index], acc[index + 1] ^ secret[index + 1])
     result ^= result >> np.uint64(37)
-    result *= np.uint64(_AVALANCHE)
+    result *= np.uint64(AVALANCHE)
     return result ^ (result >> np.uint64(32))
 
 
@@ -166,30 +160,30 @@ def _build(store: Any) -> Callable[..., Any]:
     @numba.njit(error_model="numpy")
     def copy(target: int, source: int, num_bytes: int, secret: int, acc_address: int) -> None:
         acc = _load(acc_address)
-        num_blocks = (num_bytes - 1) // _BLOCK_BYTES
-        last_secret = _load(secret + _SECRET_BYTES - _STRIPE_BYTES)
+        num_blocks = (num_bytes - 1) // PIECE_BYTES
+        last_secret = _load(secret + SCRAMBLING_SECRET)
         offset = 0
         for _ in range(num_blocks):
-            for stripe in range(_STRIPES):
+            for stripe in range(STRIPES):
                 value = _load(source + offset)
                 store(target + offset, value)
                 acc = _accumulate(acc, value, _load(secret + 8 * stripe))
-                offset += _STRIPE_BYTES
+                offset += STRIPE_BYTES
             acc = _scramble(acc, last_secret)
-        for stripe in range((num_bytes - 1 - offset) // _STRIPE_BYTES):
+        for stripe in range((num_bytes - 1 - offset) // STRIPE_BYTES):
             value = _load(source + offset)
             store(target + offset, value)
             acc = _accumulate(acc, value, _load(secret + 8 * stripe))
-            offset += _STRIPE_BYTES
+            offset += STRIPE_BYTES
         # The last 64 bytes may overlap the stripe before them, and others may write to source or target meanwhile: they
         # are read once, to where nobody else writes, and hashed and stored from there.
-        last = num_bytes - _STRIPE_BYTES
+        last = num_bytes - STRIPE_BYTES
         value = _load(source + last)
         _store(acc_address, value)
         for index in range(offset, num_bytes):
             _copy_byte(target + index, acc_address + index - last)
         _fence(0)
-        acc = _accumulate(acc, value, _load(secret + _LAST_SECRET))
+        acc = _accumulate(acc, value, _load(secret + LAST_SECRET))
         _store(acc_address, acc)
 
     return cast("Callable[..., Any]", copy)
@@ -207,7 +201,7 @@ def _copy_each(targets: Any, sources: Any, num_bytes: int, secret: Any, start: A
             _copy_cached(target, source, num_bytes, secret.ctypes.data, acc.ctypes.data)
         else:
             _copy_past_caches(target, source, num_bytes, secret.ctypes.data, acc.ctypes.data)
-        checksums[index] = _finish(acc, secret[11:75].view(np.uint64), num_bytes)
+        checksums[index] = _finish(acc, secret[FINAL_SECRET : FINAL_SECRET + STRIPE_BYTES].view(np.uint64), num_bytes)
 
 
 _copy_checked = kept_on_disk(numba.njit, _copy_each, nogil=True, error_model="numpy")
@@ -224,7 +218,7 @@ def copy_checked(targets: Sequence[int], sources: Sequence[int], num_bytes: int)
     """
     assert num_bytes >= MIN_BYTES and len(targets) == len(sources)
     checksums = np.empty(len(targets), np.uint64)
-    _copy_checked(np.array(targets, np.int64), np.array(sources, np.int64), num_bytes, _SECRET, _START, checksums)
+    _copy_checked(np.array(targets, np.int64), np.array(sources, np.int64), num_bytes, SECRET, START, checksums)
     found: list[int] = checksums.tolist()
     return found
 

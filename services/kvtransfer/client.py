@@ -23,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import grpc.aio
@@ -62,10 +62,21 @@ logger = logging.getLogger(__name__)
 
 
 class KvAgentClient:
-    """One worker at its host's agent. Any number of publications and fetches at the same time, in one event loop."""
+    """One worker at its host's agent. Any number of publications and fetches at the same time, in one event loop.
 
-    def __init__(self, address: str, worker_id: str, incarnation: str, security: Security = NO_SECURITY) -> None:
+    on_mapped: told each arena that is mapped, in a thread
+    """
+
+    def __init__(
+        self,
+        address: str,
+        worker_id: str,
+        incarnation: str,
+        security: Security = NO_SECURITY,
+        on_mapped: Callable[[memoryview], None] | None = None,
+    ) -> None:
         self.address = address
+        self._on_mapped = on_mapped
         self._worker_id = worker_id
         self._incarnation = incarnation
         self._channel = make_channel(address, security)
@@ -185,7 +196,7 @@ class KvAgentClient:
         )
         view = map_arena(reply.arena_path, reply.num_slots * reply.slot_bytes)
         # Beside what the worker does: blocks can be copied meanwhile, only slower.
-        threading.Thread(target=load_checked_copy, name="checked copy", daemon=True).start()
+        threading.Thread(target=self._prepare, args=(view,), name="arena", daemon=True).start()
         return ArenaMapping(
             incarnation=reply.incarnation,
             block_bytes=block_bytes,
@@ -194,3 +205,8 @@ class KvAgentClient:
             agent_address=reply.advertised_address,
             view=view,
         )
+
+    def _prepare(self, view: memoryview) -> None:
+        load_checked_copy()
+        if self._on_mapped is not None:
+            self._on_mapped(view)

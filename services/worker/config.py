@@ -6,7 +6,16 @@ from typing import Literal
 
 from pydantic import Field
 
-from relevo.engine.config import AttentionBackend, Device, Dtype, EngineConfig, KVCacheDtype, LoadFormat, Quantization
+from relevo.engine.config import (
+    DEFAULT_GPU_MEMORY_UTILIZATION,
+    AttentionBackend,
+    Device,
+    Dtype,
+    EngineConfig,
+    KVCacheDtype,
+    LoadFormat,
+    Quantization,
+)
 from services.common.config import ByteSize
 from services.common.discovery.settings import FleetSettings
 
@@ -32,9 +41,19 @@ class WorkerSettings(FleetSettings):
     kv_cache_dtype: KVCacheDtype = Field("auto", description="of KV; auto: that of activations, fp8_e4m3: 8 bits")
     max_model_len: int | None = Field(None, ge=1, description="tokens, prompt and output; by default the model's")
     block_size: int = Field(16, ge=1, description="tokens in a KV block")
-    kv_cache_memory: ByteSize = Field(1 << 30, ge=1, description="memory of the KV cache, e.g. 4GiB")
-    max_num_seqs: int = Field(64, ge=1, description="requests computed at the same time")
-    max_num_batched_tokens: int = Field(512, ge=1, description="tokens computed in one step")
+    kv_cache_memory: ByteSize | None = Field(
+        None,
+        ge=1,
+        description="memory of the KV cache, e.g. 4GiB; by default 1GiB, on a GPU what --gpu-memory-utilization leaves",
+    )
+    gpu_memory_utilization: float = Field(
+        DEFAULT_GPU_MEMORY_UTILIZATION,
+        gt=0,
+        le=1,
+        description="share of a GPU's memory that this worker may take; of several on one GPU, together at most 1",
+    )
+    max_num_seqs: int = Field(0, ge=0, description="requests computed at the same time; 0: 64, on a GPU 256")
+    max_num_batched_tokens: int = Field(0, ge=0, description="tokens computed in one step; 0: 512, on a GPU 4096")
     step_stretch: float = Field(
         2.0,
         gt=1,
@@ -43,12 +62,20 @@ class WorkerSettings(FleetSettings):
     load_format: LoadFormat = Field("auto", description="dummy: random weights, from config.json alone")
     seed: int = Field(0, ge=0, description="of dummy weights")
     device: Device = Field("auto", description="auto: cuda where there is one, else cpu")
-    attention_backend: AttentionBackend = Field("auto", description="auto: the fastest for the device")
+    attention_backend: AttentionBackend = Field("auto", description="kernels; auto: the best installed for the device")
     passes: bool = Field(True, description="replace modules of the model by faster ones that were shown to be equal")
     quantization: Quantization = Field("none", description="of the weights; int8 reads half the bytes for each token")
+    enforce_eager: bool = Field(False, description="on a GPU: no CUDA graphs for decode steps")
+    async_scheduling: bool | None = Field(
+        None, description="launch a step before the last one's tokens are read; by default on a GPU"
+    )
     threads: int | None = Field(None, ge=1, description="that compute; by default one a core that this process has")
     turn_file: str | None = Field(
         None, description="shared by this host's workers, which then compute one at a time; by default none"
+    )
+    gpu_lock_dir: str | None = Field(
+        None,
+        description="folder shared by a GPU's workers, which start one at a time; by default where temporary files go",
     )
     kv_agent: str = Field("", description="address of this host's KV transfer agent; empty: none, no split requests")
     attach_timeout_seconds: float = Field(30.0, gt=0, description="how long start-up waits for the KV agent")
@@ -78,6 +105,7 @@ class WorkerSettings(FleetSettings):
             max_model_len=self.max_model_len,
             block_size=self.block_size,
             kv_cache_memory=self.kv_cache_memory,
+            gpu_memory_utilization=self.gpu_memory_utilization,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             step_stretch=self.step_stretch,
@@ -87,6 +115,9 @@ class WorkerSettings(FleetSettings):
             attention_backend=self.attention_backend,
             passes=self.passes,
             quantization=self.quantization,
+            enforce_eager=self.enforce_eager,
+            async_scheduling=self.async_scheduling,
             threads=self.threads,
             turn_file=self.turn_file,
+            gpu_lock_dir=self.gpu_lock_dir,
         )

@@ -6,17 +6,16 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from numpy.typing import NDArray
-
+from relevo.engine.gpu.block_streams import STAGED_BLOCKS
 from services.kvtransfer.client import read_blocks, write_blocks
 from services.worker.ports import KVCachePort
 from services.worker.transfers import Direction, Transfers
 
 T = TypeVar("T")
 
-BLOCKS_PER_COPY = 16  # in one call: also what a cancelled request still waits for
+BLOCKS_PER_COPY = STAGED_BLOCKS  # in one call: also what a cancelled request still waits for
 
 
 class Copier:
@@ -53,15 +52,19 @@ def copy_in(
     block_ids: Sequence[int],
     slots: Sequence[memoryview],
     checksums: Sequence[int],
+    after: object,
 ) -> list[bool]:
-    """Out of slots of the arena into reserved blocks; False for each that is not what its writer sealed. Blocking."""
+    """Out of slots of the arena into reserved blocks; False for each that is not what its writer sealed. Blocking.
+
+    after: kv_cache.last_launch() at any time since they were reserved
+    """
     started = time.monotonic()
-    views = [kv_cache.host_view(block_id) for block_id in block_ids]
-    into = [_host_bytes(view, slot) for view, slot in zip(views, slots, strict=True)]
-    good = read_blocks(slots, into, checksums)
-    for block_id, view, staged, is_good in zip(block_ids, views, into, good, strict=True):
-        if view is None and is_good:
-            kv_cache.write_block(block_id, staged)
+    found = kv_cache.receive(block_ids, slots, after)
+    if found is not None:
+        good = [checksum == right for checksum, right in zip(found, checksums, strict=True)]
+    else:
+        with kv_cache.arriving(block_ids, after) as places:
+            good = read_blocks(slots, places, checksums)
     transfers.copied(Direction.IN, slots, time.monotonic() - started)
     return good
 
@@ -75,16 +78,9 @@ def copy_out(
 ) -> list[int]:
     """Blocks that are held into granted slots; the checksums to seal them with. Blocking."""
     started = time.monotonic()
-    views = [kv_cache.host_view(block_id) for block_id in block_ids]
-    sources = [_host_bytes(view, slot) for view, slot in zip(views, slots, strict=True)]
-    for block_id, view, staged in zip(block_ids, views, sources, strict=True):
-        if view is None:
-            kv_cache.read_block(block_id, staged)
-    checksums = write_blocks(slots, sources)
+    checksums = kv_cache.send(block_ids, slots)
+    if checksums is None:
+        with kv_cache.leaving(block_ids) as sources:
+            checksums = write_blocks(slots, sources)
     transfers.copied(direction, slots, time.monotonic() - started)
     return checksums
-
-
-def _host_bytes(view: NDArray[Any] | None, slot: memoryview) -> memoryview:
-    """The block itself where the host can reach it, else room for its bytes."""
-    return view.data if view is not None else memoryview(bytearray(len(slot)))

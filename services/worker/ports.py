@@ -6,23 +6,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from numpy.typing import NDArray
-
 from relevo.core.block_hash import BlockHash
 from relevo.core.errors import RelevoError
 from relevo.core.request import Request
 from relevo.core.sampling_params import SamplingParams
 from relevo.engine.beams import EndedBeams
 from relevo.engine.config import EngineInfo
+from relevo.engine.kv_cache import HostBlocks
 from relevo.engine.step_result import Chunk, Computed, EndedRequest, NewTokens, PromptLogprobs, Reserved, StepResult
 
 
 class KVCachePort(Protocol):
     """Blocks' bytes; any thread, for blocks that are held."""
 
-    def host_view(self, block_id: int) -> NDArray[Any] | None: ...
-    def read_block(self, block_id: int, into: NDArray[Any] | memoryview) -> None: ...
-    def write_block(self, block_id: int, source: NDArray[Any] | memoryview) -> None: ...
+    def send(self, block_ids: Sequence[int], slots: Sequence[memoryview]) -> list[int] | None: ...
+    def last_launch(self) -> object: ...
+    def receive(self, block_ids: Sequence[int], slots: Sequence[memoryview], after: object) -> list[int] | None: ...
+    def leaving(self, block_ids: Sequence[int]) -> HostBlocks: ...
+    def arriving(self, block_ids: Sequence[int], after: object) -> HostBlocks: ...
 
 
 class EnginePort(Protocol):

@@ -55,7 +55,7 @@ async def serve_worker(
     agent = None
     agent_address = ""
     if settings.kv_agent:
-        agent = KvAgentClient(settings.kv_agent, worker_id, process.incarnation, security)
+        agent = KvAgentClient(settings.kv_agent, worker_id, process.incarnation, security, engine.kv_cache.pin)
         process.stack.push_async_callback(agent.close)
         agent_address = await _attach(agent, info, settings.attach_timeout_seconds)
 

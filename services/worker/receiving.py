@@ -56,6 +56,7 @@ class Receiving:
         self.began_at = self.last_arrival = time.monotonic()
         self.transport = ""  # over which they came
         self._receiver = receiver
+        self._after = receiver.kv_cache.last_launch()
         self._names = names
         self._block_ids = block_ids
         self._source_address = source_address
@@ -105,5 +106,5 @@ class Receiving:
         receiver = self._receiver
         block_ids = [self._block_ids[block.index] for block in blocks]
         slots, checksums = [block.slot for block in blocks], [block.checksum for block in blocks]
-        good = copy_in(receiver.kv_cache, receiver.transfers, block_ids, slots, checksums)
+        good = copy_in(receiver.kv_cache, receiver.transfers, block_ids, slots, checksums, self._after)
         return [block.index for block, is_good in zip(blocks, good, strict=True) if not is_good]

@@ -44,6 +44,7 @@ def test_all_of_it_runs_without_a_gpu_and_without_what_services_need(tmp_path: P
     for start in (
         "cpu: attention",
         "triton, interpreted: attention",
+        "triton, interpreted: checksums",
         "greedy tokens",
         "tokens after a hand-over",
     ):

@@ -221,12 +221,29 @@ async def test_logprobs_are_the_same_when_split(tiny_models: TinyModels, tmp_pat
             assert all(len(entry.top) == logprobs for entry in answer.logprobs)
 
 
-async def check_split_equals_aggregated(stack: Stack, sampling: SamplingParams) -> list[Answer]:
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+async def test_workers_that_run_ahead_change_no_token(
+    tiny_models: TinyModels, tmp_path: Path, architecture: str
+) -> None:
+    """As on a GPU: each step is launched before the one before it is read. Blocks go over by what has been read."""
+    path = tiny_models.path(architecture)
+    async with running_stack(path, tmp_path, attention_backend="cpu", async_scheduling=True) as stack:
+        answers = await check_split_equals_aggregated(stack, make_sampling(logprobs=2))
+        penalized = await check_split_equals_aggregated(stack, make_sampling(**ALL), salt="penalized")
+        for router in (stack.split, stack.aggregated):
+            assert tokens(await router.generate_all(prompts(), GREEDY, salt="greedy")) == transformers_greedy(path)
+    async with running_stack(path, tmp_path, attention_backend="cpu") as stack:
+        assert tokens(await stack.aggregated.generate_all(prompts(), make_sampling(logprobs=2))) == tokens(answers)
+        assert tokens(await stack.aggregated.generate_all(prompts(), make_sampling(**ALL))) == tokens(penalized)
+
+
+async def check_split_equals_aggregated(stack: Stack, sampling: SamplingParams, salt: str = "") -> list[Answer]:
     """From cold caches both. Returns the aggregated answers."""
-    split = await stack.split.generate_all(prompts(), sampling)
-    assert stack.agent.store.counters.sealed_blocks == num_names(prompts())
+    num_sealed = stack.agent.store.counters.sealed_blocks
+    split = await stack.split.generate_all(prompts(), sampling, salt=salt)
+    assert stack.agent.store.counters.sealed_blocks - num_sealed == num_names(prompts())
     assert [answer.was_split for answer in split] == [num_full(prompt) > 0 for prompt in prompts()]
-    aggregated = await stack.aggregated.generate_all(prompts(), sampling, salt="aggregated")
+    aggregated = await stack.aggregated.generate_all(prompts(), sampling, salt=f"aggregated {salt}")
     assert not any(answer.was_split for answer in aggregated)
     for one, other in zip(split, aggregated, strict=True):
         assert one.token_ids == other.token_ids

@@ -48,3 +48,9 @@ def generate(
     assert not engine.has_unfinished_requests
     assert engine.scheduler.pool.num_free_blocks == engine.info.num_blocks
     return list(answers.values())
+
+
+def copy_block(source: Engine, block_id: int, target: Engine, target_id: int) -> None:
+    """As a hand-over does."""
+    with source.kv_cache.leaving([block_id]) as (block,), target.kv_cache.arriving([target_id], None) as (place,):
+        place[:] = block

@@ -6,7 +6,7 @@ import pytest
 
 from relevo.core.schedule import SchedulerOutput
 from relevo.core.scheduler import Scheduler
-from relevo.engine.rates import STRETCH_MARGIN, EngineRates
+from relevo.engine.rates import STRETCH_MARGIN, EngineRates, prompt_chunks
 from tests.support.builders import make_request, make_scheduler
 
 
@@ -26,7 +26,7 @@ def update(scheduler: Scheduler, output: SchedulerOutput) -> int:
 
 def step(scheduler: Scheduler, rates: EngineRates, seconds: float) -> SchedulerOutput:
     output = scheduler.schedule()
-    rates.measure(output, sum(entry.samples for entry in output.scheduled), seconds)
+    rates.measure(output, prompt_chunks(output), sum(entry.samples for entry in output.scheduled), seconds)
     update(scheduler, output)
     return output
 

@@ -143,7 +143,7 @@ def test_greedy_is_argmax_with_the_lowest_id_of_equals(kernels: Kernels) -> None
 
 
 def test_greedy_batch_draws_nothing(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Sampler, "_draw", None)
+    monkeypatch.setattr(kernels, "sample", None)
     sample(kernels, make_logits(4, 50), [make_row(temperature=0.0)] * 4)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from relevo.core.errors import StartupError
@@ -17,7 +16,7 @@ from relevo.demo import target_path
 from relevo.engine.config import EngineConfig
 from relevo.engine.engine import Engine
 from relevo.engine.step_result import NewTokens
-from tests.engine.spec_engines import generate, make_engine
+from tests.engine.spec_engines import copy_block, generate, make_engine
 from tests.support.parity import has_variety, prompts
 from tests.support.tiny_models import TinyModels
 
@@ -138,10 +137,8 @@ def test_draft_kv_of_blocks_that_were_found_or_came_from_elsewhere_is_computed_f
     reserved = engine.step().reserved[0]
     # `plain` holds the same prompt's blocks, under the other salt's names.
     there = plain.make_request("names", prompt, LONG, cache_salt="other").block_hashes(len(prompt))
-    buffer = np.empty(plain.info.block_bytes, dtype=np.uint8)
     for name, block_id in zip(there, reserved.block_ids, strict=True):
-        plain.kv_cache.read_block(plain.pin([name])[name], buffer)
-        engine.kv_cache.write_block(block_id, buffer)
+        copy_block(plain, plain.pin([name])[name], engine, block_id)
     plain.unpin(list(plain.scheduler._pinned))
     engine.resume("split", len(there) * 16, expected[:1])
     answer = expected[:1]

@@ -163,7 +163,7 @@ def test_others_step_while_a_grammar_is_compiled_and_who_waits_may_leave(monkeyp
     ended: list[EndedRequest] = []
     while not any(entry.request_id == "free" for entry in ended):
         ended += engine.step().ended
-    assert engine.is_compiling and engine.load().num_waiting == 2
+    assert engine.is_busy and engine.load().num_waiting == 2
     engine.abort("leaves")
     go.set()
     while engine.has_unfinished_requests:

@@ -16,6 +16,7 @@ import xxhash
 
 from relevo.core.block_hash import BlockHash
 from relevo.core.errors import DeadlineExceeded, Unavailable
+from relevo.kernels.xxh3 import MIN_BYTES
 from services.kvtransfer import mapping
 from services.kvtransfer.agent import Agent
 from services.kvtransfer.client import KvAgentClient, Publication, read_block, write_block
@@ -222,10 +223,10 @@ def test_compiled_copys_checksum_is_not_made_of_what_another_stores() -> None:
 
     assert checked_copy.check()
     libc = ctypes.CDLL(None)
-    source = np.random.default_rng(3).integers(0, 256, checked_copy.MIN_BYTES, np.uint8)
-    slot = np.zeros(checked_copy.MIN_BYTES + 64, np.uint8)
+    source = np.random.default_rng(3).integers(0, 256, MIN_BYTES, np.uint8)
+    slot = np.zeros(MIN_BYTES + 64, np.uint8)
     target = slot.ctypes.data + -slot.ctypes.data % 64
-    tail = ctypes.c_void_p(target + checked_copy.MIN_BYTES - 64)
+    tail = ctypes.c_void_p(target + MIN_BYTES - 64)
     is_over = threading.Event()
 
     def write_late() -> None:

@@ -14,7 +14,8 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relevo.kernels.checked_copy import MIN_BYTES, check, copy_checked
+from relevo.kernels.checked_copy import check, copy_checked
+from relevo.kernels.xxh3 import MIN_BYTES
 
 
 def copied(num_bytes: int, target_offset: int, source_offset: int, seed: int) -> tuple[bytes, bytes, bytes, int]:

@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import nullcontext
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from relevo.core.sampling_params import SamplingParams
 from relevo.core.schedule import SchedulerConfig
 from relevo.core.scheduler import Scheduler
 from relevo.engine.config import EngineInfo
+from relevo.engine.kv_cache import HostBlocks
 from relevo.engine.step_result import Chunk, Computed, EndedRequest, EngineLoad, NewTokens, Reserved, StepResult
 from tests.support.builders import FINGERPRINT
 
@@ -52,15 +53,20 @@ class FakeKVCache:
     def __init__(self, num_blocks: int, block_bytes: int) -> None:
         self.storage = np.zeros((num_blocks, block_bytes), dtype=np.uint8)
 
-    def read_block(self, block_id: int, into: NDArray[Any] | memoryview) -> None:
-        np.frombuffer(into, dtype=np.uint8)[:] = self.storage[block_id]
+    def send(self, block_ids: Sequence[int], slots: Sequence[memoryview]) -> None:
+        return None
 
-    def write_block(self, block_id: int, source: NDArray[Any] | memoryview) -> None:
-        self.storage[block_id] = np.frombuffer(source, dtype=np.uint8)
+    def receive(self, block_ids: Sequence[int], slots: Sequence[memoryview], after: object) -> None:
+        return None
 
-    def host_view(self, block_id: int) -> NDArray[Any] | None:
-        view: NDArray[Any] = self.storage[block_id]
-        return view
+    def last_launch(self) -> None:
+        return None
+
+    def leaving(self, block_ids: Sequence[int]) -> HostBlocks:
+        return nullcontext([self.storage[block_id] for block_id in block_ids])
+
+    def arriving(self, block_ids: Sequence[int], after: object) -> HostBlocks:
+        return self.leaving(block_ids)
 
 
 class FakeEngine:

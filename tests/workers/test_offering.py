@@ -159,14 +159,14 @@ async def test_block_is_held_while_it_is_copied(agent: Agent, monkeypatch: pytes
     """The pool is needed for others meanwhile: they wait, and what is sealed is right."""
     copying, go_on = threading.Event(), threading.Event()
     engine = FakeEngine(num_blocks=16)
-    real_view = engine.kv_cache.host_view
+    real_leaving = engine.kv_cache.leaving
 
-    def slow_view(block_id: int) -> Any:
+    def slow_leaving(block_ids: Any) -> Any:
         copying.set()
         assert go_on.wait(10)
-        return real_view(block_id)
+        return real_leaving(block_ids)
 
-    monkeypatch.setattr(engine.kv_cache, "host_view", slow_view)
+    monkeypatch.setattr(engine.kv_cache, "leaving", slow_leaving)
     async with running_decode(agent, engine, offer_share=0.5) as decode, decode_stream(decode) as stream:
         await stream.send(submit_decode(1, PROMPT, MAX_TOKENS))
         assert (await stream.rest(1))[0] == ANSWER

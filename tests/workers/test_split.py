@@ -269,20 +269,20 @@ async def test_cancelled_prefill_lets_the_copy_end_first(pair: FakePair, monkeyp
     copying, go_on = threading.Event(), threading.Event()
     aborts: list[str] = []
     cache = pair.prefill.engine.kv_cache
-    real_view = cache.host_view
+    real_leaving = cache.leaving
 
-    def slow_view(block_id: int) -> Any:
+    def slow_leaving(block_ids: Any) -> Any:
         copying.set()
         assert go_on.wait(10)
         assert not aborts, "the engine was told before the copy had ended"
-        return real_view(block_id)
+        return real_leaving(block_ids)
 
     def abort(request_id: str) -> None:
         aborts.append(request_id)
         real_abort(request_id)
 
     real_abort = pair.prefill.thread.abort
-    monkeypatch.setattr(cache, "host_view", slow_view)
+    monkeypatch.setattr(cache, "leaving", slow_leaving)
     monkeypatch.setattr(pair.prefill.thread, "abort", abort)
     pair.prefill.thread.pause()
     await pair.submit(1, PROMPT)

@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
 from relevo.core.block_hash import BlockHash
 from relevo.core.request import Request
 from relevo.core.schedule import ScheduledRequest
 from relevo.engine.batch import Span, flat_batch
-from relevo.engine.kv_cache import KVCache
+from relevo.engine.forward_pass import ForwardPass
 from relevo.engine.sampler import SampledToken, Sampler
 from relevo.engine.spec_decode.verification import sampling_rows
-from relevo.kernels import Kernels
-from relevo.models.attention import AttentionContext
-from relevo.models.causal_lm import CausalLM
 
 
 @dataclass(slots=True)
@@ -37,26 +34,14 @@ class DraftModelProposer:
     Drafts are drawn as the target draws: same parameters, same random numbers (docs/adr/0016).
     """
 
-    def __init__(
-        self,
-        model: CausalLM,
-        kv_cache: KVCache,
-        kernels: Kernels,
-        eos_token_ids: tuple[int, ...],
-        *,
-        vocab_size: int,
-        max_rows: int,
-    ) -> None:
+    def __init__(self, forward: ForwardPass, eos_token_ids: tuple[int, ...], *, vocab_size: int, max_rows: int) -> None:
         """vocab_size: the target's. max_rows: computed in one pass."""
-        self.model = model
-        self.kv_cache = kv_cache
-        self._kernels = kernels
+        self.forward = forward
         self._eos_token_ids = eos_token_ids
-        self._vocab_size = min(vocab_size, model.vocab_size)
+        self._vocab_size = min(vocab_size, forward.model.vocab_size)
         self._max_rows = max_rows
-        self._device = kv_cache.storage.device
-        self._block_size = kv_cache.layout.block_size
-        self._sampler = Sampler(self._vocab_size, self._device, kernels)
+        self._block_size = forward.kv_cache.layout.block_size
+        self._sampler = Sampler(self._vocab_size, forward.device, forward.kernels)
         self._progress: dict[str, _Progress] = {}
         # Block id → the name of the tokens whose draft KV, all of it, is there. Of blocks in use and of free ones.
         self._names: dict[int, BlockHash] = {}
@@ -70,7 +55,9 @@ class DraftModelProposer:
             spans = [
                 Span(entries[at].request.block_ids, entries[at].request.num_tokens + depth - 1, 1) for at in drafting
             ]
-            self._draft(entries, drafting, proposed, [proposed[at][-1] for at in drafting], spans, range(len(drafting)))
+            self._draft(
+                entries, drafting, proposed, [proposed[at][-1] for at in drafting], spans, [*range(len(drafting))]
+            )
             depth += 1
         return proposed
 
@@ -93,7 +80,7 @@ class DraftModelProposer:
         proposed: list[list[int]] = [[] for _ in entries]
         token_ids = [entry.request.token_ids[-1] for entry in entries]
         spans = [Span(entry.request.block_ids, entry.request.num_tokens - 1, 1) for entry in entries]
-        self._draft(entries, range(len(entries)), proposed, token_ids, spans, range(len(entries)))
+        self._draft(entries, range(len(entries)), proposed, token_ids, spans, [*range(len(entries))])
 
     def _computed(self, request: Request) -> int:
         progress = self._progress.get(request.request_id)
@@ -119,7 +106,7 @@ class DraftModelProposer:
         for lag, at in sorted(lags):  # a long prompt must not keep the others from their drafts
             request = entries[at].request
             count = min(lag, budget)
-            if count == 0 or request.num_tokens + entries[at].num_draft_slots > self.model.max_model_len:
+            if count == 0 or request.num_tokens + entries[at].num_draft_slots > self.forward.model.max_model_len:
                 continue
             start = request.num_tokens - lag
             token_ids += request.token_ids[start : start + count]
@@ -147,16 +134,11 @@ class DraftModelProposer:
         proposed: list[list[int]],
         token_ids: list[int],
         spans: Sequence[Span],
-        sampled_rows: Sequence[int],
+        sampled_rows: list[int],
     ) -> None:
         """One pass: computes the spans' tokens, and one draft more for each of entries[drafting], from sampled_rows."""
-        positions, metadata = flat_batch(spans, self._block_size, self._device)
-        logits = self.model.forward(
-            torch.tensor(token_ids, device=self._device).clamp_(max=self.model.vocab_size - 1),
-            positions,
-            AttentionContext(metadata=metadata, layers=self.kv_cache.layers, kernels=self._kernels),
-            torch.tensor(list(sampled_rows), dtype=torch.int64, device=self._device),
-        )
+        known = np.minimum(np.array(token_ids, dtype=np.int64), self.forward.model.vocab_size - 1)
+        logits = self.forward(flat_batch(known, spans, sampled_rows, self._block_size))
         if not drafting:
             return
         if logits.shape[1] > self._vocab_size:

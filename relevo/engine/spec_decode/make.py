@@ -12,7 +12,7 @@ from relevo.core.sampling_params import SamplingParams
 from relevo.core.schedule import ScheduledRequest
 from relevo.demo import draft_path
 from relevo.engine.config import EngineConfig
-from relevo.engine.kv_cache import KVCache
+from relevo.engine.forward_pass import ForwardPass
 from relevo.engine.loading import load_configured
 from relevo.engine.model_runner import ModelRunner
 from relevo.engine.spec_decode.draft_model import DraftModelProposer
@@ -38,18 +38,14 @@ def load_draft_model(config: EngineConfig, kernels: Kernels, device: torch.devic
     return load_configured(config, files, kernels, device)
 
 
-def make_speculator(
-    config: EngineConfig, runner: ModelRunner, draft: CausalLM | None, draft_cache: KVCache | None
-) -> Speculator:
-    """The cache must not be in use: measuring writes into its first blocks."""
+def make_speculator(config: EngineConfig, runner: ModelRunner, draft: ForwardPass | None) -> Speculator:
+    """The caches must not be in use: measuring writes into their first blocks."""
     assert config.speculative is not None
     proposer: Proposer
     propose_costs = None
-    if draft is not None and draft_cache is not None:
+    if draft is not None:
         proposer = DraftModelProposer(
             draft,
-            draft_cache,
-            runner.kernels,
             runner.eos_token_ids,
             vocab_size=runner.model.vocab_size,
             max_rows=config.max_num_batched_tokens,
