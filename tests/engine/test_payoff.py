@@ -42,11 +42,12 @@ def test_what_plain_steps_took_long_ago_does_not_make_drafts_look_good() -> None
     assert not any(sure[400:])
 
 
-def test_trials_without_end_leave_a_payoff_that_can_be_asked() -> None:
-    payoff = measured(1.2, noise=0.1)
-    for _ in range(2000):
-        payoff.begin_trial()
-    assert payoff.gain is not None and payoff.is_sure in (True, False)
+def test_another_trial_soon_weighs_more_than_all_before() -> None:
+    payoff = measured(0.8, noise=0.1, num_steps=1000)
+    payoff.begin_trial()
+    for _ in range(16):
+        payoff.add_drafts(PLAIN, PLAIN, PLAIN / 1.5, 0.0)
+    assert payoff.is_sure
 
 
 def test_a_trial_ends_when_it_has_lost_too_much_and_catching_up_is_no_loss() -> None:
