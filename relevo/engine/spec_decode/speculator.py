@@ -134,6 +134,7 @@ class Speculator:
         if self._steps_left <= 0 or self._trial.has_failed(self._yardstick.seconds(len(running))):
             self._planned = self._make_plan(running, payoff)
             if not self._planned:
+                self._steps_left = 0
                 self._pause_left, self._pause = self._pause, min(2 * self._pause, MAX_PAUSE)
                 return {}
         self._steps_left -= 1
