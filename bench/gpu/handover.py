@@ -30,6 +30,7 @@ class HandOver:
     """ttft_seconds: from the request to the first token
     tail_seconds: from the first token until the last block is in the second engine's cache
     second_token_seconds: after the first token
+    out_seconds, in_seconds: that each side's thread spent with copies and checksums
     """
 
     tokens: list[int]
@@ -38,6 +39,8 @@ class HandOver:
     ttft_seconds: float
     tail_seconds: float
     second_token_seconds: float
+    out_seconds: float
+    in_seconds: float
 
 
 class _Arena:
@@ -72,6 +75,7 @@ class _Copier:
         for part in range(NUM_PARTS):
             self._free.put(part)
         self._copies: list[Future[Future[None]]] = []
+        self.out_seconds = self.in_seconds = 0.0
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """pairs: (block in the source, block in the target); a step that has ended has filled the former"""
@@ -90,21 +94,25 @@ class _Copier:
         part = self._free.get(timeout=PART_SECONDS)
         slots = self._arena.slots(0, part, len(pairs))
         block_ids = [source for source, _ in pairs]
+        started = time.perf_counter()
         checksums = self._source.send(block_ids, slots)
         if checksums is None:
             with self._source.leaving(block_ids) as blocks:
                 for block, slot in zip(blocks, slots, strict=True):
                     slot[:] = block.data
+        self.out_seconds += time.perf_counter() - started
         return self._in.submit(self._receive, part, [target for _, target in pairs], checksums)
 
     def _receive(self, part: int, places: Sequence[int], checksums: list[int] | None) -> None:
         slots = self._arena.slots(1, part, len(places))
+        started = time.perf_counter()
         if self._target.receive(places, slots) != checksums:
             raise ValueError("blocks are not what has left")
         if checksums is None:
             with self._target.arriving(places) as into:
                 for place, slot in zip(into, slots, strict=True):
                     place.data[:] = slot
+        self.in_seconds += time.perf_counter() - started
         self._free.put(part)
 
 
@@ -161,4 +169,6 @@ def _hand_over(
         ttft_seconds=first_token_at - started,
         tail_seconds=arrived_at - first_token_at,
         second_token_seconds=second_token_at - first_token_at,
+        out_seconds=copier.out_seconds,
+        in_seconds=copier.in_seconds,
     )

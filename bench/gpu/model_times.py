@@ -84,5 +84,11 @@ def measure_handover(bench: Bench) -> None:
     tail = median(result.tail_seconds for result in results)
     ttft = median(result.ttft_seconds for result in results)
     second = median(result.second_token_seconds for result in results)
-    remark = f"TTFT {1e3 * ttft:.0f} ms, second token {1e3 * second:.0f} ms later, {results[0].num_bytes / 1e6:.0f} MB"
+    num_bytes = results[0].num_bytes
+    out = num_bytes / median(result.out_seconds for result in results)
+    into = num_bytes / median(result.in_seconds for result in results)
+    remark = (
+        f"TTFT {1e3 * ttft:.0f} ms, second token {1e3 * second:.0f} ms later;"
+        f" {num_bytes / 1e6:.0f} MB, out {out / 1e9:.1f} GB/s, in {into / 1e9:.1f} GB/s"
+    )
     bench.add("handover_tail", 1e3 * tail, tail / ttft, remark)

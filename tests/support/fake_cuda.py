@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,9 @@ class FakeCuda:
 
     def Event(self, *, blocking: bool = False) -> FakeEvent:
         return FakeEvent(blocking)
+
+    def device(self, _device: torch.device) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def current_stream(self, _device: torch.device) -> FakeStream:
         return self.compute

@@ -14,6 +14,7 @@ the cache's bytes, made on the device (ADR 26). Where that cannot be, blocks go 
 from __future__ import annotations
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -68,6 +69,7 @@ class BlockStreams:
         self._launched: Any = None
         self._settled: Any = None
         self._pinned: PinnedMemory | None = None
+        self._pinning = threading.Lock()  # two that wait for all lanes would wait for each other
         self._lanes: SimpleQueue[_Lane] = SimpleQueue()
         for _ in range(_NUM_LANES):
             self._lanes.put(_Lane(storage, cuda, hashing))
@@ -89,18 +91,20 @@ class BlockStreams:
 
     def pin(self, view: memoryview) -> None:
         """See KVCache.pin."""
-        pinned = None
-        try:
-            _check_hashing(self._storage)
-            pinned = PinnedMemory(view, self._cuda)
-        except Exception as error:  # CUDA's, Triton's, its compiler's: there is another way
-            logger.warning("KV blocks go by way of memory of our own, more slowly: %s", error)
-        with ExitStack() as nobody_copies:
-            for _ in range(_NUM_LANES):
-                nobody_copies.enter_context(self._lane())
-            before, self._pinned = self._pinned, pinned
-            if before is not None:
-                before.release()
+        with self._pinning:
+            pinned = None
+            try:
+                with self._cuda.device(self._storage.device):
+                    _check_hashing(self._storage)
+                    pinned = PinnedMemory(view, self._cuda)
+            except Exception as error:  # CUDA's, Triton's, its compiler's: there is another way
+                logger.warning("KV blocks go by way of memory of our own, more slowly: %s", error)
+            with ExitStack() as nobody_copies:
+                for _ in range(_NUM_LANES):
+                    nobody_copies.enter_context(self._lane())
+                before, self._pinned = self._pinned, pinned
+                if before is not None:
+                    before.release()
 
     def send(self, block_ids: Sequence[int], slots: Sequence[memoryview]) -> list[int] | None:
         """See KVCache.send."""

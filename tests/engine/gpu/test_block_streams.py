@@ -227,6 +227,13 @@ def test_a_new_arena_takes_the_place_of_the_one_before(cuda: FakeCuda, cache: KV
     assert cache.send([5], slots_of(new, 0)) == checksums_of(cache, 5)
 
 
+def test_arenas_that_are_pinned_at_once_do_not_wait_for_each_other(cuda: FakeCuda, cache: KVCache) -> None:
+    arenas = [memoryview(mmap.mmap(-1, SLOT_BYTES)) for _ in range(6)]
+    with ThreadPoolExecutor(len(arenas)) as threads:
+        list(threads.map(cache.pin, arenas))
+    assert list(cuda.registered.values()) == [SLOT_BYTES]
+
+
 def test_memory_that_cannot_be_pinned_is_told(
     cuda: FakeCuda, cache: KVCache, arena: memoryview, caplog: pytest.LogCaptureFixture
 ) -> None:
