@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+
+from services.common.nixl import is_nixl_loaded, leave
 
 if TYPE_CHECKING:
     from tests.support.tiny_models import TinyModels
@@ -19,6 +22,12 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 hypothesis.settings.register_profile("relevo", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("explore", deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "relevo"))
+
+
+def pytest_sessionfinish(exitstatus: int) -> None:
+    """A process that has loaded NIXL ends by leave(), which says why: after pytest, before the interpreter's end."""
+    if is_nixl_loaded():
+        atexit.register(leave, int(exitstatus))
 
 
 @pytest.fixture(scope="session")

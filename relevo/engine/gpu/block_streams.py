@@ -94,8 +94,8 @@ class BlockStreams:
         with self._pinning:
             pinned = None
             try:
+                self.check_hashing()
                 with self._cuda.device(self._storage.device):
-                    _check_hashing(self._storage)
                     pinned = PinnedMemory(view, self._cuda)
             except Exception as error:  # CUDA's, Triton's, its compiler's: there is another way
                 logger.warning("KV blocks go by way of memory of our own, more slowly: %s", error)
@@ -149,6 +149,23 @@ class BlockStreams:
             with lane.behind(self._launched):
                 for row, block_id in enumerate(block_ids):
                     self._storage[block_id].copy_(staged[row], non_blocking=True)
+
+    def check_hashing(self) -> None:
+        """Raises if checksums of these blocks cannot be made on the device."""
+        with self._cuda.device(self._storage.device):
+            _check_hashing(self._storage)
+
+    def wait_for_steps(self) -> None:
+        """Until the last step that was launched has happened: as `in`, for those who are on no stream."""
+        with self._lane() as lane, lane.behind(self._launched):
+            pass
+
+    def checksums(self, block_ids: Sequence[int]) -> list[int]:
+        """Of blocks as they are in the cache."""
+        with self._lane() as lane:
+            with lane.behind(None):
+                lane.hash(block_ids)
+            return lane.checksums(len(block_ids))
 
     def _reaches(self, slots: Sequence[memoryview]) -> bool:
         pinned = self._pinned
