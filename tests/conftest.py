@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 
-from services.common.nixl import is_nixl_loaded, leave
+from services.common.nixl import NotInstalled, is_nixl_loaded, leave, load_nixl
 
 if TYPE_CHECKING:
     from tests.support.tiny_models import TinyModels
@@ -28,6 +29,22 @@ def pytest_sessionfinish(exitstatus: int) -> None:
     """A process that has loaded NIXL ends by leave(), which says why: after pytest, before the interpreter's end."""
     if is_nixl_loaded():
         atexit.register(leave, int(exitstatus))
+
+
+@pytest.fixture(params=["stand-in", "nixl"])
+def any_nixl(request: pytest.FixtureRequest) -> Iterator[None]:
+    """NIXL, and again with a stand-in, which is everywhere."""
+    from tests.support.fake_nixl import fake_nixl
+
+    if request.param == "stand-in":
+        with fake_nixl():
+            yield
+        return
+    try:
+        load_nixl()
+    except NotInstalled as error:
+        pytest.skip(f"NIXL is not installed (pip install 'relevo[nixl]'): {error}")
+    yield
 
 
 @pytest.fixture(scope="session")

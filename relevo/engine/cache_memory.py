@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import xxhash
 from torch import Tensor
 
@@ -33,8 +32,8 @@ class CacheMemory:
 
     def enter_thread(self) -> None:
         """The calling thread may use the device's memory, by libraries that look for CUDA's context, too."""
-        if self.device is not None:
-            torch.cuda.set_device(self.device)
+        if self._streams is not None:
+            self._streams.enter_thread()
 
     def addresses(self, block_ids: Sequence[int]) -> list[int]:
         """Of reserved blocks, when no step writes there any more: to be written into from elsewhere."""
@@ -50,5 +49,5 @@ class CacheMemory:
 
     def settle(self) -> None:
         """Wait for all that the device is doing, also for others: copies that a library has left on it."""
-        if self.device is not None:
-            torch.cuda.synchronize(self.device)
+        if self._streams is not None:
+            self._streams.settle()

@@ -59,7 +59,7 @@ class FakeNixlAgent:
         self._numbers = count()
 
     def register_memory(self, regions: list[tuple[int, int, int, str]], kind: str) -> None:
-        assert kind == "DRAM"
+        assert kind in ("DRAM", "VRAM")
         self._regions += [region[:3] for region in regions]
 
     def get_agent_metadata(self) -> bytes:
@@ -125,5 +125,7 @@ class FakeHandle:
 def fake_nixl() -> Iterator[FakeNixl]:
     """Inside, it is what is installed."""
     nixl = FakeNixl()
-    with patch.dict(sys.modules, {"nixl_cu13": types.ModuleType("nixl_cu13"), "nixl_cu13._api": nixl}):  # type: ignore[dict-item]
+    module = types.ModuleType("nixl_cu13._api")
+    module.__dict__.update(nixl_agent=nixl.nixl_agent, nixl_agent_config=nixl.nixl_agent_config)
+    with patch.dict(sys.modules, {"nixl_cu13": types.ModuleType("nixl_cu13"), "nixl_cu13._api": module}):
         yield nixl

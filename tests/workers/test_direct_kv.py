@@ -10,12 +10,18 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
+import torch
+import xxhash
+from torch import Tensor
 
-from services.common.nixl import NotInstalled, load_nixl
+from relevo.engine.cache_memory import CacheMemory
+from relevo.engine.gpu.block_streams import BlockStreams
+from services.kvtransfer.client import DirectPlace
 from services.pb.kvtransfer_pb2 import DirectMemory
 from services.worker import direct_kv
-from services.worker.transfers import Direction, Fallback
+from services.worker.transfers import Direction, Fallback, Transfers
 from tests.support.agents import running_agent, until
+from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_engine import continuation
 from tests.support.fake_nixl import FakeNixl, fake_nixl
 from tests.workers.harness import decode_stream, prefill_stream, running_decode, running_prefill
@@ -34,19 +40,6 @@ def prompt(number: int) -> list[int]:
 def nixl() -> Iterator[FakeNixl]:
     with fake_nixl() as nixl:
         yield nixl
-
-
-@pytest.fixture(params=["stand-in", "nixl"])
-def any_nixl(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.param == "stand-in":
-        with fake_nixl():
-            yield
-        return
-    try:
-        load_nixl()
-    except NotInstalled as error:
-        pytest.skip(f"NIXL is not installed (pip install 'relevo[nixl]'): {error}")
-    yield
 
 
 async def start(stack: AsyncExitStack, tmp_path: Path, *, writes: bool = True, reads: bool = True) -> FakePair:
@@ -213,3 +206,43 @@ async def test_garbage_instead_of_metadata_is_no_way(
         await until(lambda: not peer._is_connecting)
         await serve(pair, 2)
         assert fell_back(pair, Fallback.APART) == copied(pair, Direction.IN) == 2 * NUM_BLOCKS
+
+
+class TestOnGpu:
+    """Two caches on a stand-in of a GPU: what is enqueued there happens when somebody waits for it."""
+
+    @pytest.fixture
+    def caches(self) -> tuple[FakeCuda, Tensor, BlockStreams, Tensor]:
+        cuda = FakeCuda()
+        source = torch.arange(8, dtype=torch.uint8)[:, None].expand(8, 1024).contiguous()
+        target = torch.zeros(8, 1024, dtype=torch.uint8)
+        return cuda, target, BlockStreams(target, cuda, cuda.hashing), source
+
+    async def test_a_step_in_flight_does_not_write_over_what_has_come(
+        self, nixl: FakeNixl, caches: tuple[FakeCuda, Tensor, BlockStreams, Tensor]
+    ) -> None:
+        cuda, target, streams, source = caches
+        async with asyncio.TaskGroup() as tasks:
+
+            def make(memory: CacheMemory, name: str) -> direct_kv.DirectKV:
+                return direct_kv.DirectKV(
+                    memory, Transfers(), name, lambda work, _name: tasks.create_task(work), lambda: True
+                )
+
+            shows, reads = make(CacheMemory(source, None), "shows"), make(CacheMemory(target, streams), "reads")
+            memory = shows.show()
+            wanted = {
+                key: direct_kv.WantedBlock(
+                    DirectPlace(memory, key), key + 1, xxhash.xxh3_64_intdigest(source[key].numpy().data)
+                )
+                for key in (3, 4)
+            }
+            assert await reads.read(wanted) == set()
+            await until(lambda: all(peer.is_connected for peer in reads._peers.values()))
+            cuda.compute.enqueue(lambda: target[4].fill_(77) and None)  # for a request that has ended
+            streams.step_launched()
+            assert await reads.read(wanted) == {3, 4}
+            cuda.compute.run(cuda.compute.num_enqueued)
+            assert target[4:6].equal(source[3:5])
+            await reads.close()
+            await shows.close()

@@ -155,6 +155,14 @@ class BlockStreams:
         with self._cuda.device(self._storage.device):
             _check_hashing(self._storage)
 
+    def enter_thread(self) -> None:
+        """See CacheMemory.enter_thread."""
+        self._cuda.set_device(self._storage.device)
+
+    def settle(self) -> None:
+        """See CacheMemory.settle."""
+        self._cuda.synchronize(self._storage.device)
+
     def wait_for_steps(self) -> None:
         """Until the last step that was launched has happened: as `in`, for those who are on no stream."""
         with self._lane() as lane, lane.behind(self._launched):
