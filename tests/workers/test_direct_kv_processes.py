@@ -42,7 +42,8 @@ def make_blocks() -> torch.Tensor:
 
 def show(pipe: Connection) -> None:
     """The writer."""
-    shows = DirectKV(CacheMemory(make_blocks(), None), Transfers(), "writer", lambda work, _: work.close(), lambda: True)
+    memory = CacheMemory(make_blocks(), None)
+    shows = DirectKV(memory, Transfers(), "writer", lambda work, _name: work.close(), lambda: True)
     pipe.send_bytes(shows.show().SerializeToString())
     pipe.poll(60)
 
