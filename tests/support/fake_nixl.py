@@ -28,7 +28,7 @@ class FakeNixl:
     def __init__(self) -> None:
         self.agents: weakref.WeakValueDictionary[str, FakeNixlAgent] = weakref.WeakValueDictionary()
         self.is_stuck = self.fails = False
-        self.damage: Callable[[int], None] = lambda _address: None
+        self.damage: Callable[[int], object] = lambda _address: None
         self.num_transfers = 0
 
     def nixl_agent_config(self, **_options: Any) -> None:

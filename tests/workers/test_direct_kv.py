@@ -75,11 +75,11 @@ def is_connected(pair: FakePair) -> bool:
 
 
 def copied(pair: FakePair, direction: Direction) -> float:
-    return pair.decode.worker.transfers._blocks.labels(direction.value)._value.get()
+    return float(pair.decode.worker.transfers._blocks.labels(direction.value)._value.get())
 
 
 def fell_back(pair: FakePair, reason: Fallback) -> float:
-    return pair.decode.worker.transfers._fallbacks.labels(reason.value)._value.get()
+    return float(pair.decode.worker.transfers._fallbacks.labels(reason.value)._value.get())
 
 
 async def serve(pair: FakePair, number: int) -> None:
@@ -110,7 +110,7 @@ async def test_both_must_have_the_option(tmp_path: Path, writes: bool, reads: bo
 
 
 async def test_bytes_that_are_others_by_now_are_copied_out_of_the_slot(pair: FakePair, nixl: FakeNixl) -> None:
-    nixl.damage = lambda address: ctypes.memset(address + 7, 0xA5, 3) and None
+    nixl.damage = lambda address: ctypes.memset(address + 7, 0xA5, 3)
     await serve(pair, 1)
     assert fell_back(pair, Fallback.CHANGED) == NUM_BLOCKS
     assert copied(pair, Direction.DIRECT) == 0
@@ -147,7 +147,7 @@ async def test_a_read_that_hangs_is_ended_before_its_places_are_used(
 ) -> None:
     monkeypatch.setattr(direct_kv, "READ_SECONDS", 0.05)
     nixl.is_stuck = True
-    nixl.damage = lambda address: ctypes.memset(address, 0xA5, 3) and None
+    nixl.damage = lambda address: ctypes.memset(address, 0xA5, 3)
     address = await pair.submit(1, prompt(1))
     await pair.fetch(address)
     await until(lambda: fell_back(pair, Fallback.FAILED) > 0)
@@ -239,7 +239,7 @@ class TestOnGpu:
             }
             assert await reads.read(wanted) == set()
             await until(lambda: all(peer.is_connected for peer in reads._peers.values()))
-            cuda.compute.enqueue(lambda: target[4].fill_(77) and None)  # for a request that has ended
+            cuda.compute.enqueue(lambda: target[4].numpy().fill(77))  # for a request that has ended
             streams.step_launched()
             assert await reads.read(wanted) == {3, 4}
             cuda.compute.run(cuda.compute.num_enqueued)

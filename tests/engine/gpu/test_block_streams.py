@@ -122,7 +122,7 @@ def test_addresses_are_told_when_no_step_writes_there_any_more(cuda: FakeCuda, c
 
 
 def test_settling_is_the_end_of_all_that_the_device_does(cuda: FakeCuda, cache: KVCache) -> None:
-    cuda.Stream(cache.storage.device).enqueue(lambda: cache.storage[7].fill_(9) and None)  # a library's own
+    cuda.Stream(cache.storage.device).enqueue(lambda: cache.storage[7].numpy().fill(9))  # a library's own
     CacheMemory(cache.storage, cache.streams).settle()
     assert (cache.storage[7] == 9).all()
 
