@@ -59,8 +59,8 @@ def engine_options(
     seed: Annotated[int, typer.Option(min=0, help="of dummy weights")] = 0,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="where workers compute")] = "auto",
     attention_backend: Annotated[
-        Literal["auto", "reference", "cpu", "triton", "flash-attn"],
-        typer.Option(help="kernels: plain torch, numba for the CPU, or for a GPU Triton, or that and FlashAttention"),
+        Literal["auto", "reference", "cpu", "triton", "flash-attn", "flashinfer"],
+        typer.Option(help="kernels: plain torch, numba (CPU), Triton (GPU), or that with FlashAttention or FlashInfer"),
     ] = "auto",
     passes: Annotated[bool, typer.Option(help="replace the model's modules by faster ones that are equal")] = True,
     quantization: Annotated[

@@ -22,6 +22,7 @@ from bench.gpu.parts import Bench, Part, run_part
 from bench.gpu.plan import TOTAL_SECONDS, make_plan
 from bench.gpu.plots import write_plots
 from bench.gpu.report import describe, make_report, print_report, write_json
+from relevo.kernels import BACKENDS
 
 HANGING_SECONDS = 10.0  # beyond the end, before the table is printed in spite of a part that does not let go
 
@@ -86,9 +87,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small shapes: whether everything runs, in seconds")
-    parser.add_argument(
-        "--backend", choices=("auto", "reference", "cpu", "triton", "flash-attn"), default="auto", help="kernels"
-    )
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="kernels")
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for all parts together")
     parser.add_argument("--output", default="bench-gpu", help="folder for JSON and plots")
     return parser.parse_args()

@@ -106,10 +106,11 @@ class _Copier:
     def _receive(self, part: int, places: Sequence[int], checksums: list[int] | None) -> None:
         slots = self._arena.slots(1, part, len(places))
         started = time.perf_counter()
-        if self._target.receive(places, slots) != checksums:
+        after = self._target.last_launch()
+        if self._target.receive(places, slots, after) != checksums:
             raise ValueError("blocks are not what has left")
         if checksums is None:
-            with self._target.arriving(places) as into:
+            with self._target.arriving(places, after) as into:
                 for place, slot in zip(into, slots, strict=True):
                     place.data[:] = slot
         self.in_seconds += time.perf_counter() - started

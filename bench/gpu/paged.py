@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from relevo.core.block_hash import LayerShape
 from relevo.kernels import AttentionMetadata
+from relevo.kernels.metadata import HostBatch
 from relevo.models.layout import KVLayout
 
 LAYERS, LAYER = 3, 1  # of a block, and the one that is used
@@ -42,7 +45,10 @@ def make_batch(
     cache_dtype: torch.dtype | None = None,
     device: torch.device,
 ) -> Batch:
-    """lens: (tokens of context, queries among them) of each sequence; blocks lie in random order."""
+    """lens: (tokens of context, queries among them) of each sequence; blocks lie in random order.
+
+    As in an engine, the host's copy is there where a step is not launched as a graph: where there are prompts.
+    """
     v_dim = k_dim if v_dim is None else v_dim
     layout = KVLayout((LayerShape(kv_heads, k_dim, v_dim),) * LAYERS, cache_dtype or dtype, block_size)
     counts = [-(-seq_len // block_size) for seq_len, _ in lens]
@@ -60,6 +66,10 @@ def make_batch(
         slots.append(own[positions // block_size] * block_size + positions % block_size)
         queries.append(slots[-1][seq_len - query_len :])
     query_lens = torch.tensor([0, *(query_len for _, query_len in lens)], device=device)
+    cu_seqlens_q = query_lens.cumsum(0).to(torch.int32)
+    seq_lens = torch.tensor([seq_len for seq_len, _ in lens], dtype=torch.int32, device=device)
+    max_query_len = max(query_len for _, query_len in lens)
+    on_host: list[NDArray[np.int32]] = [tensor.cpu().numpy() for tensor in (block_table, seq_lens, cu_seqlens_q)]
     num_context, num_tokens = sum(seq_len for seq_len, _ in lens), sum(query_len for _, query_len in lens)
 
     def random(*shape: int) -> Tensor:
@@ -76,9 +86,10 @@ def make_batch(
         metadata=AttentionMetadata(
             block_table=block_table,
             slot_mapping=torch.cat(queries),
-            seq_lens=torch.tensor([seq_len for seq_len, _ in lens], dtype=torch.int32, device=device),
-            cu_seqlens_q=query_lens.cumsum(0).to(torch.int32),
-            max_query_len=max(query_len for _, query_len in lens),
+            seq_lens=seq_lens,
+            cu_seqlens_q=cu_seqlens_q,
+            max_query_len=max_query_len,
             max_seq_len=max(seq_len for seq_len, _ in lens),
+            host=HostBatch(*on_host) if max_query_len > 1 else None,
         ),
     )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from relevo.kernels.metadata import AttentionMetadata
+from relevo.kernels.metadata import AttentionMetadata, HostBatch
 
 Ints = NDArray[np.int64] | NDArray[np.int32]
 
@@ -65,8 +65,9 @@ class FlatBatch:
         self, block_table: Tensor, slot_mapping: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor
     ) -> AttentionMetadata:
         """Of the same arrays where they are needed."""
+        host = HostBatch(self.block_table, self.seq_lens, self.cu_seqlens_q)
         return AttentionMetadata(
-            block_table, slot_mapping, seq_lens, cu_seqlens_q, self.max_query_len, self.max_seq_len
+            block_table, slot_mapping, seq_lens, cu_seqlens_q, self.max_query_len, self.max_seq_len, host
         )
 
 

@@ -35,10 +35,13 @@ class CacheMemory:
         if self._streams is not None:
             self._streams.enter_thread()
 
-    def addresses(self, block_ids: Sequence[int]) -> list[int]:
-        """Of reserved blocks, when no step writes there any more: to be written into from elsewhere."""
+    def addresses(self, block_ids: Sequence[int], after: object) -> list[int]:
+        """Of reserved blocks, when no step writes there any more: to be written into from elsewhere.
+
+        after: KVCache.last_launch() at any time since they were reserved
+        """
         if self._streams is not None:
-            self._streams.wait_for_steps()
+            self._streams.wait_for(after)
         return [self.address + block_id * self.block_bytes for block_id in block_ids]
 
     def checksums(self, block_ids: Sequence[int]) -> list[int]:

@@ -11,7 +11,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
 Device = Literal["auto", "cpu", "cuda"]
 KVCacheDtype = Literal["auto", "fp8_e4m3"]
-AttentionBackend = Literal["auto", "reference", "cpu", "triton", "flash-attn"]
+AttentionBackend = Literal["auto", "reference", "cpu", "triton", "flash-attn", "flashinfer"]
 Quantization = Literal["none", "int8"]
 
 DEFAULT_DRAFTS = {"draft": 5, "ngram": 10, "suffix": 10}  # those who compute nothing for a draft may try more

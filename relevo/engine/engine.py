@@ -61,6 +61,7 @@ class Engine:
             self._warm_up()
             parts.capture_graphs(config)
             self.speculator = parts.make_speculator(config)
+            parts.keep_for_steps(memory)
             self._begin(config)
 
     def _begin(self, config: EngineConfig) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from relevo.engine.batch import FlatBatch
 from relevo.engine.gpu.graphs import Capture, DecodeGraphs, GraphShape
 from relevo.engine.host_copies import upload
 from relevo.engine.kv_cache import KVCache
+from relevo.engine.shortage import GRAPH_ADVICE, explain_shortage
 from relevo.kernels import Kernels
 from relevo.models.attention import AttentionContext
 from relevo.models.causal_lm import CausalLM
@@ -47,12 +47,13 @@ class ForwardPass:
         self.graphs: DecodeGraphs | None = None
 
     def capture_graphs(self, capture: Capture, shapes: Sequence[GraphShape], max_model_len: int) -> None:
-        """See DecodeGraphs. Where the model can't be captured there is a warning, and there are no graphs."""
-        graphs = DecodeGraphs(self.model, self.kv_cache, self.kernels, shapes, max_model_len)
+        """See DecodeGraphs. Where the model can't be captured there is a warning, and there are no graphs. Raises
+        OutOfMemory where there is no room for them.
+        """
         try:
-            graphs.capture(capture)
-        except torch.OutOfMemoryError:
-            raise
+            with explain_shortage(self.device, "CUDA graphs", GRAPH_ADVICE):
+                graphs = DecodeGraphs(self.model, self.kv_cache, self.kernels, shapes, max_model_len)
+                graphs.capture(capture)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             logger.warning(

@@ -55,9 +55,16 @@ class KVCache:
         """
         return None if self.streams is None else self.streams.send(block_ids, slots)
 
-    def receive(self, block_ids: Sequence[int], slots: Sequence[memoryview]) -> list[int] | None:
-        """Copy slots into reserved blocks; the checksums of what is there now. Else as send."""
-        return None if self.streams is None else self.streams.receive(block_ids, slots)
+    def last_launch(self) -> object:
+        """What blocks that have been reserved by now may still be written by, for `after`. Any thread."""
+        return None if self.streams is None else self.streams.last_launch
+
+    def receive(self, block_ids: Sequence[int], slots: Sequence[memoryview], after: object) -> list[int] | None:
+        """Copy slots into reserved blocks; the checksums of what is there now. Else as send.
+
+        after: last_launch() at any time since they were reserved
+        """
+        return None if self.streams is None else self.streams.receive(block_ids, slots, after)
 
     def leaving(self, block_ids: Sequence[int]) -> HostBlocks:
         """Held blocks in host memory, [block_bytes] uint8 each, as long as the context lasts: the blocks themselves on
@@ -65,9 +72,14 @@ class KVCache:
         """
         return nullcontext(self._on_host(block_ids)) if self.streams is None else self.streams.leaving(block_ids)
 
-    def arriving(self, block_ids: Sequence[int]) -> HostBlocks:
-        """Where to write blocks that are reserved, likewise; they are in the cache when the context has ended."""
-        return nullcontext(self._on_host(block_ids)) if self.streams is None else self.streams.arriving(block_ids)
+    def arriving(self, block_ids: Sequence[int], after: object) -> HostBlocks:
+        """Where to write blocks that are reserved, likewise; they are in the cache when the context has ended.
+
+        after: as for receive
+        """
+        return (
+            nullcontext(self._on_host(block_ids)) if self.streams is None else self.streams.arriving(block_ids, after)
+        )
 
     def step_launched(self) -> None:
         """A step that writes blocks has been given to the device. By the engine's thread, as the next ones."""

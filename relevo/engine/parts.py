@@ -11,12 +11,11 @@ from relevo.engine.config import EngineConfig, EngineInfo
 from relevo.engine.forward_pass import ForwardPass
 from relevo.engine.gpu.graphs import CudaCapture, draft_graph_shapes, graph_shapes
 from relevo.engine.gpu.largest_step import Loaded, profile_steps
-from relevo.engine.gpu.memory import GpuMemory
+from relevo.engine.gpu.memory import GpuMemory, MemoryProfile, keep_for_steps
 from relevo.engine.kv_cache import KVCache
 from relevo.engine.loading import kv_dtype, load_configured
 from relevo.engine.model_runner import ModelRunner
 from relevo.engine.sampler import Sampler
-from relevo.engine.shortage import GRAPH_ADVICE, explain_shortage
 from relevo.engine.sizing import count_blocks, find_max_model_len
 from relevo.engine.spec_decode.make import load_draft_model, make_speculator
 from relevo.engine.spec_decode.speculator import Speculator
@@ -28,13 +27,14 @@ from relevo.models.layout import KVLayout
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:
-    """draft: the draft model and its own KV cache, if there is one"""
+    """draft: the draft model and its own KV cache, if there is one; profile: on a GPU"""
 
     files: ModelFiles
     info: EngineInfo
     kv_cache: KVCache
     runner: ModelRunner
     draft: ForwardPass | None
+    profile: MemoryProfile | None
 
     def make_speculator(self, config: EngineConfig) -> Speculator | None:
         """None unless the configuration wants one. No request may be there: its cost is measured."""
@@ -46,12 +46,16 @@ class EngineParts:
         if device.type != "cuda" or config.enforce_eager:
             return
         capture = CudaCapture(device)
-        with explain_shortage(device, "CUDA graphs", GRAPH_ADVICE):
-            shapes = graph_shapes(config.max_num_seqs, config.max_drafts)
-            self.runner.forward.capture_graphs(capture, shapes, self.info.max_model_len)
-            if self.draft is not None:
-                shapes = draft_graph_shapes(config.max_num_seqs)
-                self.draft.capture_graphs(capture, shapes, self.info.max_model_len)
+        shapes = graph_shapes(config.max_num_seqs, config.max_drafts)
+        self.runner.forward.capture_graphs(capture, shapes, self.info.max_model_len)
+        if self.draft is not None:
+            shapes = draft_graph_shapes(config.max_num_seqs)
+            self.draft.capture_graphs(capture, shapes, self.info.max_model_len)
+
+    def keep_for_steps(self, memory: GpuMemory | None) -> None:
+        """When all else is there, on a GPU: what the largest step needs. memory: as load_parts had it"""
+        if memory is not None and self.profile is not None:
+            keep_for_steps(memory, self.profile)
 
 
 def load_parts(config: EngineConfig, device: torch.device, memory: GpuMemory | None) -> EngineParts:
@@ -81,7 +85,7 @@ def load_parts(config: EngineConfig, device: torch.device, memory: GpuMemory | N
     sampler = Sampler(model.vocab_size, device, kernels)
     runner = ModelRunner(model, kv_cache, kernels, sampler, info.eos_token_ids)
     drafting = ForwardPass(draft.model, KVCache(draft.layout, num_blocks, device), kernels) if draft else None
-    return EngineParts(files, info, kv_cache, runner, drafting)
+    return EngineParts(files, info, kv_cache, runner, drafting, profile)
 
 
 def _load_draft(config: EngineConfig, kernels: Kernels, device: torch.device) -> Loaded | None:

@@ -40,8 +40,8 @@ def count_blocks(config: EngineConfig, block_bytes: int, profile: MemoryProfile 
             f"bytes; at least {MIN_BLOCKS} are needed"
         )
     if profile is not None:
-        available: int | None = profile.free - profile.graphs
-        where = f"are free on the GPU after loading the model and computing the largest step ({profile})"
+        available: int | None = profile.free_left
+        where = f"are free on the GPU beside what else it needs ({profile})"
     else:
         memory = available_memory()
         available = None if memory is None else memory.available
@@ -56,7 +56,7 @@ def _blocks_that_fit(profile: MemoryProfile, utilization: float, block_bytes: in
     num_blocks = kv_bytes // block_bytes
     if num_blocks < MIN_BLOCKS:
         raise no_room(profile, utilization, MIN_BLOCKS * block_bytes)
-    missing = int(profile.total * utilization) - profile.taken - profile.graphs - kv_bytes
+    missing = profile.share_left(utilization) - kv_bytes
     if missing > 0:
         logger.warning(
             "others hold so much of the GPU that the KV cache gets %s less than gpu_memory_utilization %g allows",

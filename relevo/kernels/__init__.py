@@ -1,8 +1,8 @@
 """Attention over a paged KV cache: one module a backend, the same functions in each.
 
 `reference` is plain torch, runs everywhere and is what the others are tested against; `cpu` is numba; `triton` is for
-GPUs, and runs on a CPU only in Triton's interpreter (TRITON_INTERPRET=1, for tests); `flash-attn` is `triton` with
-attention by FlashAttention 3.
+GPUs, and runs on a CPU only in Triton's interpreter (TRITON_INTERPRET=1, for tests); `flash-attn` and `flashinfer` are
+`triton` with attention by FlashAttention 3, or of prompts by FlashInfer.
 Importing this package imports neither torch nor numba nor triton; `load_backend` imports what it needs.
 """
 
@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from shutil import which
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from relevo.kernels.metadata import AttentionMetadata
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["BACKENDS", "Activation", "AttentionMetadata", "Kernels", "PreparedLinear", "load_backend"]
 
-BACKENDS = ("auto", "reference", "cpu", "triton", "flash-attn")
+BACKENDS = ("auto", "reference", "cpu", "triton", "flash-attn", "flashinfer")
 
-_PACKAGES = {"flash-attn": "flash_attn_interface", "triton": "triton"}  # for a GPU, the best first
+_ADD_ONS = {"flash-attn": "flash_attn_interface", "flashinfer": "flashinfer"}  # to triton: the modules that they call
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
@@ -267,8 +268,8 @@ class Kernels(Protocol):
 
 
 def load_backend(name: str, device: str) -> Kernels:
-    """Import a backend by name; `auto` is `cpu` on a CPU, elsewhere the first of `flash-attn`, `triton`, `reference`
-    whose package is installed.
+    """Import a backend by name; `auto` is `cpu` on a CPU, elsewhere the first of `flash-attn`, `flashinfer`, `triton`,
+    `reference` that is installed and can run.
 
     Raises ValueError if the name is unknown, or names a backend that cannot run on `device`.
     """
@@ -276,19 +277,34 @@ def load_backend(name: str, device: str) -> Kernels:
         raise ValueError(f"unknown kernel backend {name!r}: choose one of {', '.join(BACKENDS)}")
     on_cpu = device.partition(":")[0] == "cpu"
     if name == "auto":
-        name = (
-            "cpu" if on_cpu else next((name for name, package in _PACKAGES.items() if find_spec(package)), "reference")
-        )
+        name = "cpu" if on_cpu else _best_on_gpu(device)
     if name == "cpu" and not on_cpu:
         raise ValueError(
             f"kernel backend 'cpu' cannot run on device {device!r}: choose 'triton', 'reference' or 'auto'"
         )
     if name == "triton" and on_cpu and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("kernel backend 'triton' needs a GPU: on a CPU choose 'cpu' or 'auto'")
-    if name == "flash-attn" and on_cpu:
-        raise ValueError("kernel backend 'flash-attn' needs a GPU: on a CPU choose 'cpu' or 'auto'")
-    if name == "flash-attn" and not find_spec(_PACKAGES["flash-attn"]):
-        raise ValueError(
-            f"kernel backend 'flash-attn' needs the package {_PACKAGES['flash-attn']}, which is not installed"
-        )
+    if name in _ADD_ONS and on_cpu:
+        raise ValueError(f"kernel backend {name!r} needs a GPU: on a CPU choose 'cpu' or 'auto'")
+    if name in _ADD_ONS and not find_spec(_ADD_ONS[name]):
+        raise ValueError(f"kernel backend {name!r} needs the module {_ADD_ONS[name]}, which is not installed")
     return cast(Kernels, import_module(f"relevo.kernels.{name.replace('-', '_')}"))
+
+
+def _best_on_gpu(device: str) -> str:
+    if not find_spec("triton"):
+        return "reference"
+    if find_spec(_ADD_ONS["flash-attn"]) and _is_hopper(device):
+        return "flash-attn"
+    # FlashInfer compiles its kernels when they are first called, unless their binaries are installed too.
+    if find_spec(_ADD_ONS["flashinfer"]) and (find_spec("flashinfer_jit_cache") or which("nvcc")):
+        return "flashinfer"
+    return "triton"
+
+
+def _is_hopper(device: str) -> bool:
+    import torch
+
+    from relevo.kernels.flash_attn import is_hopper
+
+    return is_hopper(torch.device(device))

@@ -1,7 +1,7 @@
 """Triton's kernels, but attention by FlashAttention 3 where it can: a Hopper GPU, 16 bits, no sinks.
 
-FlashAttention 2 is no alternative: its blocks are of 256 tokens. FlashInfer is none yet: its `plan` waits for the
-device in every step. None of this has run on a GPU yet: tests hold the call to its documentation, by a stand-in.
+FlashAttention 2 is no alternative: its blocks are of 256 tokens. None of this has run on a GPU yet: tests hold the call
+to its documentation, by a stand-in.
 """
 
 from __future__ import annotations

@@ -6,7 +6,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class HostBatch:
+    """What the host knows of a batch, for who plans there; as AttentionMetadata has it, in host memory."""
+
+    block_table: NDArray[np.int32]
+    seq_lens: NDArray[np.int32]
+    cu_seqlens_q: NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +29,10 @@ class AttentionMetadata:
     seq_lens:     [num_seqs] int32; tokens of context, this step's included
     cu_seqlens_q: [num_seqs + 1] int32; sequence i's tokens in this step are [cu[i], cu[i + 1])
 
-    All on the engine's device. A sequence's queries are the last tokens of its context. Nothing of this changes once
-    attention has seen it: `plans` is where a backend keeps what it worked out, for the layers that follow.
+    host:         None in a CUDA graph: whatever was planned for these lengths would be of no use for the next ones
+
+    All but `host` on the engine's device. A sequence's queries are the last tokens of its context. Nothing of this
+    changes once attention has seen it: `plans` is where a backend keeps what it worked out, for the layers that follow.
     """
 
     block_table: Tensor
@@ -28,4 +41,5 @@ class AttentionMetadata:
     cu_seqlens_q: Tensor
     max_query_len: int
     max_seq_len: int
+    host: HostBatch | None = None
     plans: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)

@@ -62,7 +62,7 @@ class WorkerSettings(FleetSettings):
     load_format: LoadFormat = Field("auto", description="dummy: random weights, from config.json alone")
     seed: int = Field(0, ge=0, description="of dummy weights")
     device: Device = Field("auto", description="auto: cuda where there is one, else cpu")
-    attention_backend: AttentionBackend = Field("auto", description="auto: the fastest for the device")
+    attention_backend: AttentionBackend = Field("auto", description="kernels; auto: the best installed for the device")
     passes: bool = Field(True, description="replace modules of the model by faster ones that were shown to be equal")
     quantization: Quantization = Field("none", description="of the weights; int8 reads half the bytes for each token")
     enforce_eager: bool = Field(False, description="on a GPU: no CUDA graphs for decode steps")

@@ -38,14 +38,18 @@ def copy_in(
     block_ids: Sequence[int],
     slots: Sequence[memoryview],
     checksums: Sequence[int],
+    after: object,
 ) -> list[bool]:
-    """Out of slots of the arena into reserved blocks; False for each that is not what its writer sealed. Blocking."""
+    """Out of slots of the arena into reserved blocks; False for each that is not what its writer sealed. Blocking.
+
+    after: kv_cache.last_launch() at any time since they were reserved
+    """
     started = time.monotonic()
-    found = kv_cache.receive(block_ids, slots)
+    found = kv_cache.receive(block_ids, slots, after)
     if found is not None:
         good = [checksum == right for checksum, right in zip(found, checksums, strict=True)]
     else:
-        with kv_cache.arriving(block_ids) as places:
+        with kv_cache.arriving(block_ids, after) as places:
             good = read_blocks(slots, places, checksums)
     transfers.copied(Direction.IN, len(slots), sum(map(len, slots)), time.monotonic() - started)
     return good

@@ -94,9 +94,11 @@ class DirectKV:
             metadata=metadata, base=self._memory.address, kind=kind.kind, device=kind.device, worker=self._name
         )
 
-    async def read(self, wanted: Mapping[int, WantedBlock]) -> set[int]:
+    async def read(self, wanted: Mapping[int, WantedBlock], after: object) -> set[int]:
         """Fill reserved blocks; the keys of those that are right. When this returns, raises or is cancelled, nobody
         writes into the blocks any more, and that is bounded: at most STAGED_BLOCKS in READ_SECONDS.
+
+        after: KVCache.last_launch() at any time since they were reserved
         """
         by_peer: dict[bytes, dict[int, WantedBlock]] = {}
         for key, block in wanted.items():
@@ -106,7 +108,7 @@ class DirectKV:
             peer = self._peer(next(iter(part.values())).place.memory)
             blocks = list(part.values())
             if peer.is_connected:
-                right = await run_to_its_end(peer.executor, partial(peer.read, blocks))
+                right = await run_to_its_end(peer.executor, partial(peer.read, blocks, after))
             else:
                 right = [False] * len(blocks)
                 self._transfers.fell_back(Fallback.APART, len(blocks))
@@ -188,7 +190,7 @@ class _Peer:
         finally:
             self._is_connecting = False
 
-    def read(self, blocks: Sequence[WantedBlock]) -> list[bool]:
+    def read(self, blocks: Sequence[WantedBlock], after: object) -> list[bool]:
         """False for each that is not what was wanted. Whatever happens, the place is nobody else's afterwards."""
         started = time.monotonic()
         block_ids = [block.block_id for block in blocks]
@@ -196,7 +198,7 @@ class _Peer:
         if self._reader is None:  # lost by the read before this one
             return self._fell_back(Fallback.APART, blocks)
         try:
-            places = zip(self._ours.addresses(block_ids), blocks, strict=True)
+            places = zip(self._ours.addresses(block_ids, after), blocks, strict=True)
             ranges = [(into, self._theirs.base + block.place.block_id * size, size) for into, block in places]
             self._reader.read(ranges, READ_SECONDS, lambda: False)
             found = self._ours.checksums(block_ids)

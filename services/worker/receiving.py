@@ -59,6 +59,7 @@ class Receiving:
         self.began_at = self.last_arrival = time.monotonic()
         self.transport = ""  # over which they came
         self._receiver = receiver
+        self._after = receiver.kv_cache.last_launch()
         self._names = names
         self._block_ids = block_ids
         self._source_address = source_address
@@ -121,12 +122,12 @@ class Receiving:
             for block in blocks
             if block.place is not None
         }
-        return await self._receiver.direct_kv.read(wanted)
+        return await self._receiver.direct_kv.read(wanted, self._after)
 
     def _copy(self, blocks: Sequence[Arrived]) -> list[int]:
         """In a thread. Returns the corrupt ones; what is checked is the copy that the engine will use."""
         receiver = self._receiver
         block_ids = [self._block_ids[block.index] for block in blocks]
         slots, checksums = [block.slot for block in blocks], [block.checksum for block in blocks]
-        good = copy_in(receiver.kv_cache, receiver.transfers, block_ids, slots, checksums)
+        good = copy_in(receiver.kv_cache, receiver.transfers, block_ids, slots, checksums, self._after)
         return [block.index for block, is_good in zip(blocks, good, strict=True) if not is_good]

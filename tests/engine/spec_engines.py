@@ -52,5 +52,5 @@ def generate(
 
 def copy_block(source: Engine, block_id: int, target: Engine, target_id: int) -> None:
     """As a hand-over does."""
-    with source.kv_cache.leaving([block_id]) as (block,), target.kv_cache.arriving([target_id]) as (place,):
+    with source.kv_cache.leaving([block_id]) as (block,), target.kv_cache.arriving([target_id], None) as (place,):
         place[:] = block

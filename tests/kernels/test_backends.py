@@ -23,7 +23,7 @@ def test_backends_are_chosen_by_device_or_by_name(name: str, device: str, module
 
 
 def test_an_unknown_backend_is_refused_with_the_choices() -> None:
-    with pytest.raises(ValueError, match=r"'cuda'.*auto, reference, cpu, triton, flash-attn"):
+    with pytest.raises(ValueError, match=r"'cuda'.*auto, reference, cpu, triton, flash-attn, flashinfer"):
         load_backend("cuda", "cpu")
 
 

@@ -59,12 +59,16 @@ class FakeKVCache:
     def send(self, block_ids: Sequence[int], slots: Sequence[memoryview]) -> None:
         return None
 
-    receive = send
+    def receive(self, block_ids: Sequence[int], slots: Sequence[memoryview], after: object) -> None:
+        return None
+
+    def last_launch(self) -> None:
+        return None
 
     def leaving(self, block_ids: Sequence[int]) -> HostBlocks:
         return nullcontext([self.storage[block_id] for block_id in block_ids])
 
-    def arriving(self, block_ids: Sequence[int]) -> HostBlocks:
+    def arriving(self, block_ids: Sequence[int], after: object) -> HostBlocks:
         return self.leaving(block_ids)
 
 

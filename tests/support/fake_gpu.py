@@ -92,8 +92,13 @@ class FakeGpu:
             "is_initialized",
         ):
             monkeypatch.setattr(torch.cuda, name, getattr(self, f"_{name}"))
+        monkeypatch.setattr(gpu_memory, "_allocate_once", self._allocate_once)
         monkeypatch.setattr(gpu_memory, "free_bytes", lambda uuid: self.free if self.has_nvml else None)
         monkeypatch.setattr(gpu_start, "device_uuid", lambda index: NAME)
+
+    def _allocate_once(self, device: torch.device, num_bytes: int) -> None:
+        with self.allocated(num_bytes):
+            pass
 
     def _mem_get_info(self, device: torch.device) -> tuple[int, int]:
         if not self.running.context:

@@ -237,11 +237,11 @@ class TestOnGpu:
                 )
                 for key in (3, 4)
             }
-            assert await reads.read(wanted) == set()
+            assert await reads.read(wanted, None) == set()
             await until(lambda: all(peer.is_connected for peer in reads._peers.values()))
             cuda.compute.enqueue(lambda: target[4].numpy().fill(77))  # for a request that has ended
             streams.step_launched()
-            assert await reads.read(wanted) == {3, 4}
+            assert await reads.read(wanted, streams.last_launch) == {3, 4}
             cuda.compute.run(cuda.compute.num_enqueued)
             assert target[4:6].equal(source[3:5])
             await reads.close()

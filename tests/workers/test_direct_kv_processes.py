@@ -94,7 +94,7 @@ def test_a_writer_that_is_killed_while_it_is_read(writer: Writer, peer: _Peer) -
     is_read = threading.Event()
 
     def read_until_lost() -> None:
-        while all(peer.read(wanted)):
+        while all(peer.read(wanted, None)):
             assert peer._ours._storage.equal(make_blocks())
             peer._ours._storage.zero_()
             is_read.set()
@@ -114,7 +114,7 @@ def test_a_writer_that_is_stopped_holds_nobody_up(writer: Writer, peer: _Peer) -
     assert process.pid is not None
     os.kill(process.pid, signal.SIGSTOP)
     began = time.monotonic()
-    right = peer.read(wanted_from(memory))
+    right = peer.read(wanted_from(memory), None)
     assert time.monotonic() - began < READ_SECONDS + 2.0
     assert all(right) == peer.is_connected
     os.kill(process.pid, signal.SIGCONT)

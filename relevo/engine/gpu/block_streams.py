@@ -1,8 +1,8 @@
 """Blocks between a GPU and the host, on streams of their own: while steps compute, and ordered with them by events.
 
 out  waits for the last step whose results are known: what is held and named was written by it, or before
-in   waits for the last step that was launched: a place that was reserved may still be written in it, for a request that
-     has ended while it was in flight
+in   waits for the last step that was launched when the place had been reserved: it may still be written in that one,
+     for a request that has ended while it was in flight. Later steps are not waited for: they know whose it is
 
 Both have happened when a call, or its context, has ended. So whoever is told that blocks have left may free them, and a
 step that reads blocks which have arrived is launched after they have: it has nothing to wait for.
@@ -89,6 +89,11 @@ class BlockStreams:
         event.record(self._cuda.current_stream(self._storage.device))
         self._launched = event
 
+    @property
+    def last_launch(self) -> Any:
+        """An event, behind the last step that was launched and all before it; None if there was none."""
+        return self._launched
+
     def pin(self, view: memoryview) -> None:
         """See KVCache.pin."""
         with self._pinning:
@@ -118,13 +123,13 @@ class BlockStreams:
                 lane.hash(block_ids)
             return lane.checksums(len(block_ids))
 
-    def receive(self, block_ids: Sequence[int], slots: Sequence[memoryview]) -> list[int] | None:
-        """See KVCache.receive."""
+    def receive(self, block_ids: Sequence[int], slots: Sequence[memoryview], after: Any) -> list[int] | None:
+        """See KVCache.receive. after: an event, or None"""
         with self._lane() as lane:
             if not self._reaches(slots):
                 return None
             sources = [torch.frombuffer(slot, dtype=torch.uint8) for slot in slots]
-            with lane.behind(self._launched):
+            with lane.behind(after):
                 for block_id, source in zip(block_ids, sources, strict=True):
                     self._storage[block_id].copy_(source, non_blocking=True)
                 lane.hash(block_ids)
@@ -141,12 +146,12 @@ class BlockStreams:
             yield list(staged.numpy())
 
     @contextmanager
-    def arriving(self, block_ids: Sequence[int]) -> Iterator[list[NDArray[Any]]]:
+    def arriving(self, block_ids: Sequence[int], after: Any) -> Iterator[list[NDArray[Any]]]:
         """See KVCache.arriving."""
         with self._lane() as lane:
             staged = lane.staging[: len(block_ids)]
             yield list(staged.numpy())
-            with lane.behind(self._launched):
+            with lane.behind(after):
                 for row, block_id in enumerate(block_ids):
                     self._storage[block_id].copy_(staged[row], non_blocking=True)
 
@@ -163,9 +168,9 @@ class BlockStreams:
         """See CacheMemory.settle."""
         self._cuda.synchronize(self._storage.device)
 
-    def wait_for_steps(self) -> None:
-        """Until the last step that was launched has happened: as `in`, for those who are on no stream."""
-        with self._lane() as lane, lane.behind(self._launched):
+    def wait_for(self, after: Any) -> None:
+        """Until the event has happened: as `in`, for those who are on no stream."""
+        with self._lane() as lane, lane.behind(after):
             pass
 
     def checksums(self, block_ids: Sequence[int]) -> list[int]:

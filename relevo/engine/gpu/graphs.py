@@ -65,15 +65,6 @@ def draft_graph_shapes(max_num_seqs: int) -> list[GraphShape]:
     return graph_shapes(max_num_seqs, 1)
 
 
-def graph_bytes(shapes: Sequence[GraphShape], vocab_size: int, max_blocks: int) -> int:
-    """What these graphs and their buffers take beside the memory that their kernels compute in, all in the same."""
-    if not shapes:
-        return 0
-    num_seqs, num_tokens = shapes[-1].num_seqs, shapes[-1].num_tokens
-    buffers = num_tokens * (4 * vocab_size + 4 * 8) + num_seqs * 4 * (max_blocks + 2)
-    return buffers + len(shapes) * GRAPH_BYTES
-
-
 class CudaCapture:
     """Captures on a stream of its own, all graphs into one pool: only one of them runs at a time."""
 

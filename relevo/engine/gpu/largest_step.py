@@ -5,14 +5,17 @@ All sequences share one block of a scratch cache: what they compute is nonsense,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+
+import torch
 
 from relevo.core.request import Request
 from relevo.core.sampling_params import SamplingParams
 from relevo.core.schedule import ScheduledRequest
 from relevo.engine.config import EngineConfig
 from relevo.engine.forward_pass import ForwardPass
-from relevo.engine.gpu.graphs import draft_graph_shapes, graph_bytes, graph_shapes
+from relevo.engine.gpu.graphs import GRAPH_BYTES, Replay, draft_graph_shapes, graph_shapes
 from relevo.engine.gpu.memory import GpuMemory, MemoryProfile, profile_memory
 from relevo.engine.kv_cache import KVCache
 from relevo.engine.model_runner import ModelRunner
@@ -49,49 +52,53 @@ class Loaded:
     layout: KVLayout
 
 
+class Rehearsal:
+    """In the place of a capture: only computes, and only what comes first, the largest."""
+
+    def __init__(self) -> None:
+        self._is_over = False
+
+    def __call__(self, compute: Callable[[], None]) -> Replay:
+        if not self._is_over:
+            compute()
+        self._is_over = True
+        return compute
+
+
 def profile_steps(
-    memory: GpuMemory,
-    config: EngineConfig,
-    target: Loaded,
-    draft: Loaded | None,
-    kernels: Kernels,
+    memory: GpuMemory, config: EngineConfig, target: Loaded, draft: Loaded | None, kernels: Kernels
 ) -> MemoryProfile:
-    """Compute the largest step, and see what is taken then. Raises OutOfMemory if there is not even room for that."""
-    device = memory.device
-    max_model_len = min(config.max_model_len or target.model.max_model_len, target.model.max_model_len)
-    entries = largest_step(config, max_model_len, target.model.vocab_size)
-    sampler = Sampler(target.model.vocab_size, device, kernels)
-    runner = ModelRunner(target.model, _scratch(target, memory), kernels, sampler, ())
+    """Compute the largest step, and what CUDA graphs are made of, and see what is taken then. Raises OutOfMemory if
+    there is not even room for that.
+    """
+    model, device = target.model, memory.device
+    max_model_len = min(config.max_model_len or model.max_model_len, model.max_model_len)
+    entries = largest_step(config, max_model_len, model.vocab_size)
+    sampler = Sampler(model.vocab_size, device, kernels)
+    runner = ModelRunner(model, _scratch(target, device), kernels, sampler, ())
+    graphs = [(runner.forward, graph_shapes(config.max_num_seqs, config.max_drafts))]
     proposer = None
     if draft is not None:
-        proposer = DraftModelProposer(
-            ForwardPass(draft.model, _scratch(draft, memory), kernels),
-            (),
-            vocab_size=target.model.vocab_size,
-            max_rows=config.max_num_batched_tokens,
-        )
+        drafting = ForwardPass(draft.model, _scratch(draft, device), kernels)
+        budget = config.max_num_batched_tokens
+        proposer = DraftModelProposer(drafting, (), vocab_size=model.vocab_size, max_rows=budget)
+        graphs.append((drafting, draft_graph_shapes(config.max_num_seqs)))
 
     def compute() -> None:
         runner.run(entries)  # first: the draft model finds room in what torch keeps of it
         if proposer is not None:
             proposer.propose(entries)
 
+    def rehearse() -> int:
+        for forward, shapes in graphs:
+            forward.capture_graphs(Rehearsal(), shapes, max_model_len)
+        for forward, _ in graphs:
+            forward.graphs = None
+        return sum(len(shapes) for _, shapes in graphs) * GRAPH_BYTES
+
     what = f"a step of {config.max_num_batched_tokens} tokens of {config.max_num_seqs} requests"
     with explain_shortage(device, what, STEP_ADVICE):
-        return profile_memory(
-            memory,
-            compute,
-            lambda: runner.run(graph_step(config, max_model_len)),
-            0 if config.enforce_eager else _graph_bytes(config, target, draft, max_model_len),
-        )
-
-
-def _graph_bytes(config: EngineConfig, target: Loaded, draft: Loaded | None, max_model_len: int) -> int:
-    max_blocks = -(-max_model_len // config.block_size)
-    num_bytes = graph_bytes(graph_shapes(config.max_num_seqs, config.max_drafts), target.model.vocab_size, max_blocks)
-    if draft is not None:
-        num_bytes += graph_bytes(draft_graph_shapes(config.max_num_seqs), draft.model.vocab_size, max_blocks)
-    return num_bytes
+        return profile_memory(memory, compute, None if config.enforce_eager else rehearse)
 
 
 def largest_step(config: EngineConfig, max_model_len: int, vocab_size: int) -> list[ScheduledRequest]:
@@ -117,18 +124,6 @@ def largest_step(config: EngineConfig, max_model_len: int, vocab_size: int) -> l
     return entries
 
 
-def graph_step(config: EngineConfig, max_model_len: int) -> list[ScheduledRequest]:
-    """One token each of max_num_seqs requests, the first of which has the longest context, and all their drafts."""
-    num_drafts = max(0, min(config.max_drafts, max_model_len - 2))
-    entries = []
-    for at in range(config.max_num_seqs):
-        num_tokens = max(1, max_model_len - num_drafts - 1) if at == 0 else 1
-        request = _request(f"decode-{at}", num_tokens, num_tokens + num_drafts, config.block_size)
-        request.num_computed_tokens = num_tokens - 1
-        entries.append(ScheduledRequest(request, 1 + num_drafts, (0,) * num_drafts, num_drafts))
-    return entries
-
-
 def _request(request_id: str, num_tokens: int, num_slots: int, block_size: int) -> Request:
     """A prompt. num_slots: tokens that its blocks hold"""
     return Request(
@@ -144,7 +139,7 @@ def _request(request_id: str, num_tokens: int, num_slots: int, block_size: int) 
     )
 
 
-def _scratch(loaded: Loaded, memory: GpuMemory) -> KVCache:
-    cache = KVCache(loaded.layout, SCRATCH_BLOCKS, memory.device)
+def _scratch(loaded: Loaded, device: torch.device) -> KVCache:
+    cache = KVCache(loaded.layout, SCRATCH_BLOCKS, device)
     cache.storage.zero_()  # not NaN, of which no token is drawn
     return cache

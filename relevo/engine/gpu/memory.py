@@ -1,7 +1,7 @@
 """How much of a GPU's memory is left for the KV cache.
 
-total × utilization = weights + largest step + outside of torch + CUDA graphs + KV cache
-                      └── measured, by what is free before and after ┘  └ reserved
+total × utilization = weights + CUDA's own + largest step + CUDA graphs + KV cache
+                      └──────────── measured, by computing ───────────┘   └ the rest
 
 An engine's share is one of the total, not of what happens to be free: the shares of engines on one GPU don't overlap,
 whichever starts first. While one starts, no other one of ours does (start.py); so what has gone since is its own.
@@ -17,7 +17,7 @@ from uuid import UUID
 import torch
 
 from relevo.engine.gpu.driver import free_bytes
-from relevo.engine.shortage import OutOfMemory, gib
+from relevo.engine.shortage import STEP_ADVICE, OutOfMemory, explain_shortage, gib
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +67,10 @@ def first_touch(device: torch.device, uuid: UUID | None) -> GpuMemory:
 class MemoryProfile:
     """What an engine takes beside its KV cache. Bytes.
 
-    free: now, with all of it but the graphs taken
-    weights, step: by torch, in whole segments; those of the largest step are kept, for the steps to come
+    free: with nothing of it taken but weights and what is outside
+    weights, step: by torch, in whole segments
     outside: the CUDA context, kernels' code
-    graphs: reserved; they are captured when the KV cache is there
+    graphs: with the buffers that they compute from; they are captured when the KV cache is there
     """
 
     total: int
@@ -80,52 +80,67 @@ class MemoryProfile:
     outside: int
     graphs: int
 
-    @property
-    def taken(self) -> int:
-        return self.weights + self.step + self.outside
-
     def kv_bytes(self, utilization: float) -> int:
         """What the KV cache may take; 0 or less: there is no room."""
-        return min(int(self.total * utilization) - self.taken, self.free - self.spare) - self.graphs
+        return min(self.share_left(utilization), self.free_left - int(self.total * SPARE_SHARE))
+
+    def share_left(self, utilization: float) -> int:
+        return int(self.total * utilization) - self.weights - self.step - self.outside - self.graphs
 
     @property
-    def spare(self) -> int:
-        return int(self.total * SPARE_SHARE)
+    def free_left(self) -> int:
+        return self.free - self.step - self.graphs
 
     def __str__(self) -> str:
         return (
             f"weights {gib(self.weights)}, largest step {gib(self.step)}, CUDA {gib(self.outside)}, "
-            f"reserved for graphs {gib(self.graphs)}"
+            f"graphs {gib(self.graphs)}"
         )
 
 
 def profile_memory(
-    memory: GpuMemory, largest_step: Callable[[], object], graph_step: Callable[[], object], graph_bytes: int
+    memory: GpuMemory, largest_step: Callable[[], object], rehearse: Callable[[], int] | None = None
 ) -> MemoryProfile:
-    """Compute the largest step that there can be, and look. Weights are loaded; steps leave nothing allocated.
+    """Compute the largest step that there can be, and look. Weights are loaded; neither leaves anything allocated.
 
-    graph_step: the largest that is to be a graph; graph_bytes: what graphs take beside what they compute in; 0: none
+    rehearse: compute what CUDA graphs are to be captured of, the largest of each kind, with their buffers; returns what
+        they take beside that
     """
     device = memory.device
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()  # what loading has left
     weights = memory.reserved_since()
     largest_step()
-    graphs = graph_bytes
-    if graph_bytes:
-        # Graphs compute in a pool of their own, which all of them share.
-        torch.cuda.synchronize(device)
+    torch.cuda.synchronize(device)
+    step = memory.reserved_since() - weights
+    graphs = 0
+    if rehearse is not None:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        graph_step()
+        graphs = rehearse()
         torch.cuda.synchronize(device)
+        # They compute in a pool of their own, which all of them share: the largest one's.
         graphs += torch.cuda.max_memory_allocated(device) - before
-    taken = memory.taken()
-    reserved = memory.reserved_since()
+    torch.cuda.empty_cache()
+    outside = memory.taken() - memory.reserved_since()
     free, _ = torch.cuda.mem_get_info(device)
-    profile = MemoryProfile(memory.total, free, weights, reserved - weights, taken - reserved, graphs)
+    profile = MemoryProfile(memory.total, free, weights, step, outside, graphs)
     logger.info("memory of %s: %s of %s", device, profile, gib(memory.total))
     return profile
+
+
+def keep_for_steps(memory: GpuMemory, profile: MemoryProfile) -> None:
+    """When all else is there: let torch take what the largest step needs, and keep it. So nobody else can, and no step
+    has to ask for it. (Capturing graphs gives back what torch had kept before.)
+    """
+    torch.cuda.empty_cache()  # what smaller steps have left would come on top
+    with explain_shortage(memory.device, "the largest step", STEP_ADVICE):
+        _allocate_once(memory.device, profile.step)
+    logger.info("memory of %s: %s taken in all", memory.device, gib(memory.taken()))
+
+
+def _allocate_once(device: torch.device, num_bytes: int) -> None:
+    torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
 
 def no_room(profile: MemoryProfile, utilization: float, wanted: int) -> OutOfMemory:
@@ -133,6 +148,6 @@ def no_room(profile: MemoryProfile, utilization: float, wanted: int) -> OutOfMem
     return OutOfMemory(
         f"no room for the KV cache: of {gib(profile.total)}, gpu_memory_utilization {utilization:g} allows "
         f"{gib(profile.total * utilization)}, and {gib(profile.free)} are free; {profile} leave "
-        f"{gib(max(0, profile.kv_bytes(utilization)))}, at least {gib(wanted)} are needed. Raise "
+        f"{gib(max(0, profile.kv_bytes(utilization)))}, and at least {gib(wanted)} are needed. Raise "
         "gpu_memory_utilization, lower max_num_batched_tokens or max_num_seqs, or end what else uses this GPU"
     )

@@ -71,7 +71,7 @@ def test_many_blocks_leave_and_arrive_bit_for_bit(cuda: FakeCuda, cache: KVCache
     other.storage.zero_()
     ids = list(range(0, 2 * STAGED_BLOCKS, 2))
     places = [block_id + 1 for block_id in ids]
-    with cache.leaving(ids) as blocks, other.arriving(places) as into:
+    with cache.leaving(ids) as blocks, other.arriving(places, other.last_launch()) as into:
         for source, place in zip(blocks, into, strict=True):
             place[:] = source
     assert other.storage[places].equal(cache.storage[ids])
@@ -80,7 +80,7 @@ def test_many_blocks_leave_and_arrive_bit_for_bit(cuda: FakeCuda, cache: KVCache
 
 
 def test_no_blocks_are_no_work(cuda: FakeCuda, cache: KVCache) -> None:
-    with cache.leaving([]) as blocks, cache.arriving([]) as places:
+    with cache.leaving([]) as blocks, cache.arriving([], cache.last_launch()) as places:
         assert list(blocks) == list(places) == []
     assert cuda.copied == 0
 
@@ -102,7 +102,7 @@ def test_arriving_waits_for_the_last_step_that_was_launched(cuda: FakeCuda, cach
     for value in (100, 101):
         launch_write(cuda, cache, block_id=7, value=value)
     cache.step_settled()
-    with cache.arriving([7]) as places:
+    with cache.arriving([7], cache.last_launch()) as places:
         places[0][:] = 55
     cuda.compute.run(cuda.compute.num_enqueued)
     assert (cache.storage[7] == 55).all()
@@ -114,7 +114,11 @@ def test_addresses_are_told_when_no_step_writes_there_any_more(cuda: FakeCuda, c
     for value in (100, 101):
         launch_write(cuda, cache, block_id=7, value=value)
     cache.step_settled()
-    assert memory.addresses([7, 1]) == [cache.storage[block_id].data_ptr() for block_id in (7, 1)]
+    reserved = cache.last_launch()
+    launch_write(cuda, cache, block_id=9, value=102)
+    addresses = [cache.storage[block_id].data_ptr() for block_id in (7, 1)]
+    assert memory.addresses([7, 1], reserved) == addresses
+    assert (cache.storage[9] == 9).all(), "a step that was launched since was waited for"
     cache.storage[7] = 55
     cuda.compute.run(cuda.compute.num_enqueued)
     assert (cache.storage[7] == 55).all()
@@ -127,11 +131,28 @@ def test_settling_is_the_end_of_all_that_the_device_does(cuda: FakeCuda, cache: 
     assert (cache.storage[7] == 9).all()
 
 
+def test_arriving_does_not_wait_for_steps_that_were_launched_since(
+    cuda: FakeCuda, cache: KVCache, arena: memoryview
+) -> None:
+    """Else each copy of a long prompt would wait for a step of others, which know whose the places are."""
+    cache.pin(arena)
+    launch_write(cuda, cache, block_id=7, value=100)
+    reserved = cache.last_launch()
+    launch_write(cuda, cache, block_id=9, value=101)
+    cache.send([1], slots_of(arena, 0))
+    assert cache.receive([7], slots_of(arena, 0), reserved) == checksums_of(cache, 1)
+    with cache.arriving([8], reserved) as places:
+        places[0][:] = 55
+    assert (cache.storage[9] == 9).all(), "the later step was waited for"
+    cuda.compute.run(cuda.compute.num_enqueued)
+    assert cache.storage[7:10, 0].tolist() == [1, 55, 101]
+
+
 def test_arriving_waits_for_copies_of_blocks_between_steps(cuda: FakeCuda, cache: KVCache) -> None:
     """As beams make them."""
     with cuda.stream(cuda.compute):
         cache.copy_blocks([(1, 7)])
-    with cache.arriving([7]) as places:
+    with cache.arriving([7], cache.last_launch()) as places:
         places[0][:] = 55
     cuda.compute.run(cuda.compute.num_enqueued)
     assert (cache.storage[7] == 55).all()
@@ -158,7 +179,7 @@ def test_more_threads_than_lanes_take_turns(cuda: FakeCuda, cache: KVCache) -> N
             right = (blocks[0] == block_id).all() and (blocks[1] == block_id + 1).all()
             with lock:
                 inside -= 1
-        with cache.arriving([block_id]) as places:
+        with cache.arriving([block_id], cache.last_launch()) as places:
             places[0][:] = block_id
         return bool(right)
 
@@ -175,11 +196,11 @@ def test_an_error_leaves_no_copy_under_way_and_the_lane_free(cuda: FakeCuda, cac
             raise AssertionError("blocks that have not left")
         assert cuda.is_idle
     cuda.fail_after = 1
-    with pytest.raises(RuntimeError, match="CUDA error"), cache.arriving([1, 2]) as places:
+    with pytest.raises(RuntimeError, match="CUDA error"), cache.arriving([1, 2], cache.last_launch()) as places:
         places[0][:] = 1
     assert cuda.is_idle
     before = cuda.copied
-    with pytest.raises(ValueError, match="by the host"), cache.arriving([3]) as places:
+    with pytest.raises(ValueError, match="by the host"), cache.arriving([3], cache.last_launch()) as places:
         places[0][:] = 78
         raise ValueError("by the host")
     assert cuda.copied == before
@@ -194,17 +215,17 @@ def test_blocks_go_straight_between_cache_and_pinned_slots(cuda: FakeCuda, cache
     slots = slots_of(arena, 3, 0, 39)
     assert cache.send([5, 6, 7], slots) == checksums_of(cache, 5, 6, 7)
     assert [bytes(slot) for slot in slots] == [bytes([block_id]) * BLOCK_BYTES for block_id in (5, 6, 7)]
-    assert cache.receive([20, 10, 30], slots) == checksums_of(cache, 5, 6, 7)
+    assert cache.receive([20, 10, 30], slots, cache.last_launch()) == checksums_of(cache, 5, 6, 7)
     assert cache.storage[[20, 10, 30]].equal(cache.storage[[5, 6, 7]])
     assert cuda.copied == 6
 
 
 def test_slots_that_are_not_pinned_are_not_touched(cuda: FakeCuda, cache: KVCache, arena: memoryview) -> None:
     [slot] = slots_of(arena, 0)
-    assert cache.send([5], [slot]) is cache.receive([5], [slot]) is None
+    assert cache.send([5], [slot]) is cache.receive([5], [slot], cache.last_launch()) is None
     cache.pin(arena)
     other = memoryview(bytearray(BLOCK_BYTES))
-    assert cache.send([5, 6], [slot, other]) is cache.receive([5, 6], [slot, other]) is None
+    assert cache.send([5, 6], [slot, other]) is cache.receive([5, 6], [slot, other], cache.last_launch()) is None
     assert cuda.copied == 0
     assert not any(slot)
 
@@ -216,7 +237,7 @@ def test_what_goes_to_slots_waits_for_steps_as_the_rest(cuda: FakeCuda, cache: K
     cache.step_settled()
     assert cache.send([3], slots_of(arena, 0)) == checksums_of(cache, 3)
     assert (cache.storage[4] == 4).all(), "the step in flight was waited for"
-    assert cache.receive([4], slots_of(arena, 0)) == checksums_of(cache, 3)
+    assert cache.receive([4], slots_of(arena, 0), cache.last_launch()) == checksums_of(cache, 3)
     cuda.compute.run(cuda.compute.num_enqueued)
     assert (cache.storage[4] == 100).all()
 
@@ -232,9 +253,9 @@ def test_what_others_write_to_a_slot_gets_into_no_checksum(cuda: FakeCuda, cache
     cuda.before_hashing = partial(scribble, 99)
     right = checksums_of(cache, 5)
     assert cache.send([5], [slot]) == right
-    assert cache.receive([6], [slot]) != right, "what is here is not what was sealed"
+    assert cache.receive([6], [slot], cache.last_launch()) != right, "what is here is not what was sealed"
     slot[500] = 5
-    assert cache.receive([6], [slot]) == right, "and what was written since then is not here"
+    assert cache.receive([6], [slot], cache.last_launch()) == right, "and what was written since then is not here"
     assert slot[500] == 99
 
 
@@ -277,7 +298,7 @@ def test_blocks_too_small_to_be_hashed_on_the_device_are_told(
 
 def test_an_error_on_the_way_to_a_slot(cuda: FakeCuda, cache: KVCache, arena: memoryview) -> None:
     cache.pin(arena)
-    for copy in (cache.send, cache.receive) * 2:
+    for copy in (cache.send, partial(cache.receive, after=cache.last_launch())) * 2:
         cuda.fail_after = 1
         with pytest.raises(RuntimeError, match="CUDA error"):
             copy([1, 2], slots_of(arena, 0, 1))
@@ -288,7 +309,7 @@ def test_an_error_on_the_way_to_a_slot(cuda: FakeCuda, cache: KVCache, arena: me
 def test_on_a_cpu_they_are_the_blocks_themselves() -> None:
     cache = make_cache()
     assert cache.streams is None
-    with cache.leaving([5]) as blocks, cache.arriving([6]) as places:
+    with cache.leaving([5]) as blocks, cache.arriving([6], cache.last_launch()) as places:
         assert np.shares_memory(blocks[0], cache.storage.numpy())
         places[0][:] = 66
     assert (cache.storage[6] == 66).all()

@@ -13,17 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from relevo.core.sampling_params import SamplingParams
 from relevo.engine.engine import Engine
 from relevo.engine.forward_pass import ForwardPass
 from relevo.engine.gpu.graphs import Replay, draft_graph_shapes, graph_shapes
+from relevo.engine.shortage import OutOfMemory
 from relevo.engine.spec_decode.draft_model import DraftModelProposer
 from relevo.engine.spec_decode.ngram import NgramProposer
 from relevo.engine.spec_decode.row_costs import RowCosts
 from relevo.engine.spec_decode.speculator import Speculator
-from relevo.kernels import reference
 from tests.engine.test_parity import generate, make_engine
 from tests.support.tiny_models import TinyModels
 
@@ -54,17 +53,6 @@ def capture(engine: Engine, max_drafts: int = 0) -> Recomputing:
     engine.runner.forward.capture_graphs(recomputing, graph_shapes(4, max_drafts), engine.info.max_model_len)
     assert engine.runner.forward.graphs is not None
     return recomputing
-
-
-@pytest.fixture
-def skips_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    store_kv = reference.store_kv
-
-    def skipping(key: Tensor, value: Tensor, k: Tensor, v: Tensor, slots: Tensor, *scales: Tensor | None) -> None:
-        real = slots >= 0
-        store_kv(key[real], value[real], k, v, slots[real], *scales)
-
-    monkeypatch.setattr(reference, "store_kv", skipping)
 
 
 def engine_of(tiny_models: TinyModels, **options: Any) -> Engine:
@@ -198,5 +186,5 @@ def test_where_a_model_cannot_be_captured_there_are_no_graphs(
     def exhaust(compute: Callable[[], None]) -> Replay:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(OutOfMemory, match=r"out of memory for CUDA graphs .*or set enforce_eager"):
         forward.capture_graphs(exhaust, graph_shapes(4, 0), 64)

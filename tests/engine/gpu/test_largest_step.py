@@ -17,7 +17,8 @@ from relevo.engine import engine as engine_module
 from relevo.engine import parts
 from relevo.engine.config import EngineConfig
 from relevo.engine.engine import Engine
-from relevo.engine.gpu.largest_step import graph_step, largest_step
+from relevo.engine.gpu.graphs import GRAPH_BYTES
+from relevo.engine.gpu.largest_step import largest_step
 from relevo.engine.gpu.memory import GpuMemory
 from relevo.engine.model_runner import ModelRunner, RunResult
 from relevo.engine.shortage import OutOfMemory
@@ -64,14 +65,6 @@ def test_first_request_has_the_longest_context_and_as_many_prompt_logprobs_as_a_
     assert second.request.num_missing_prompt_logprobs == 0
 
 
-def test_the_largest_step_that_is_a_graph_is_a_token_each_and_its_drafts() -> None:
-    entries = graph_step(EngineConfig(max_num_seqs=3, max_num_batched_tokens=99), 100)
-    assert sizes(entries) == [(1, 0)] * 3
-    assert [entry.request.num_tokens for entry in entries] == [99, 1, 1]
-    drafting = EngineConfig(max_num_seqs=3, max_num_batched_tokens=99, speculative="ngram", num_speculative_tokens=4)
-    assert sizes(graph_step(drafting, 100)) == [(1, 4)] * 3
-
-
 @contextmanager
 def started_on(gpu: FakeGpu) -> Iterator[GpuMemory]:
     yield GpuMemory(torch.device("cpu"), gpu.total, gpu.free, 0)
@@ -94,11 +87,22 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     return gpu
 
 
-@pytest.mark.parametrize("speculative", [None, "draft", "ngram"])
+# Of graphs: how many, and the rows of the largest.
+@pytest.mark.parametrize(
+    ("speculative", "enforce_eager", "num_graphs", "graph_rows"),
+    [(None, False, 2, 2), (None, True, 0, 0), ("draft", False, 4 + 4, 8), ("ngram", False, 4, 8)],
+)
+@pytest.mark.usefixtures("skips_padding")
 def test_engine_computes_it_and_takes_what_is_left(
-    speculative: str | None, gpu: FakeGpu, tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+    speculative: str | None,
+    enforce_eager: bool,
+    num_graphs: int,
+    graph_rows: int,
+    gpu: FakeGpu,
+    tiny_models: TinyModels,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The stand-in's memory grows as the step's logits do: a gibibyte for every row."""
+    """The stand-in's memory grows as the step's logits do: half a gibibyte for every row."""
     path = str(tiny_models.path("llama"))
     runs: list[tuple[Sequence[ScheduledRequest], RunResult]] = []
     most_rows = 0
@@ -112,7 +116,7 @@ def test_engine_computes_it_and_takes_what_is_left(
     def seen_forward(self: CausalLM, input_ids: Tensor, positions: Tensor, context: Any, wanted: Tensor) -> Tensor:
         nonlocal most_rows
         most_rows = max(most_rows, len(wanted))
-        with gpu.allocated(len(wanted) * GIB):
+        with gpu.allocated(len(wanted) * GIB // 2):
             return forward(self, input_ids, positions, context, wanted)
 
     monkeypatch.setattr(ModelRunner, "run", seen_run)
@@ -127,8 +131,8 @@ def test_engine_computes_it_and_takes_what_is_left(
             max_model_len=24,
             speculative=f"draft:{path}" if speculative == "draft" else speculative,
             num_speculative_tokens=3 if speculative else None,
-            gpu_memory_utilization=0.41,
-            enforce_eager=True,
+            gpu_memory_utilization=0.37,
+            enforce_eager=enforce_eager,
         )
     )
     scheduled, result = runs[0]
@@ -139,9 +143,11 @@ def test_engine_computes_it_and_takes_what_is_left(
     num_prompt_rows = 15 - 2 * num_drafts - 1
     assert len(result.prompt_logprobs["largest-0"]) == num_prompt_rows
     assert most_rows == 2 * (1 + num_drafts) + num_prompt_rows
-    kv_bytes = int(0.41 * 80 * GIB) - 16 * GIB - GIB // 2 - most_rows * GIB
+    graphs = graph_rows * GIB // 2 + num_graphs * GRAPH_BYTES
+    kv_bytes = int(0.37 * 80 * GIB) - 16 * GIB - GIB // 2 - most_rows * GIB // 2 - graphs
     block_bytes = engine.info.block_bytes * (2 if speculative == "draft" else 1)
     assert engine.info.num_blocks == kv_bytes // block_bytes
+    assert gpu.running.cached == most_rows * GIB // 2, "kept for steps"
     # And it works.
     engine.submit(engine.make_request("a", [1, 2, 3], SamplingParams(max_tokens=4, temperature=0.0, seed=0)))
     tokens: list[int] = []

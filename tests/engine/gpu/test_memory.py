@@ -16,7 +16,14 @@ import torch
 from relevo.core.errors import StartupError
 from relevo.engine.config import EngineConfig
 from relevo.engine.gpu import start as gpu_start
-from relevo.engine.gpu.memory import CONTEXT_BYTES, MemoryProfile, first_touch, profile_memory
+from relevo.engine.gpu.memory import (
+    CONTEXT_BYTES,
+    GpuMemory,
+    MemoryProfile,
+    first_touch,
+    keep_for_steps,
+    profile_memory,
+)
 from relevo.engine.gpu.start import start_on
 from relevo.engine.shortage import OutOfMemory
 from relevo.engine.sizing import count_blocks
@@ -24,7 +31,7 @@ from tests.support.fake_gpu import GIB, NAME, FakeGpu
 
 CUDA = torch.device("cuda", 0)
 BLOCK_BYTES = 2 << 20
-PROFILE = MemoryProfile(total=80 * GIB, free=61 * GIB, weights=16 * GIB, step=2 * GIB, outside=GIB, graphs=0)
+PROFILE = MemoryProfile(total=80 * GIB, free=63 * GIB, weights=16 * GIB, step=2 * GIB, outside=GIB, graphs=0)
 
 
 @pytest.fixture
@@ -34,37 +41,51 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     return gpu
 
 
-def load_and_profile(gpu: FakeGpu, *, graph_bytes: int = 0) -> MemoryProfile:
-    """16 GiB of weights, loading them takes 3 more for a while; a step of 2 GiB, that of graphs ½; ½ GiB of code."""
+def load(gpu: FakeGpu) -> GpuMemory:
+    """16 GiB of weights, loading which takes 3 more for a while."""
     memory = first_touch(CUDA, NAME)
     gpu.allocate(16 * GIB)
     with gpu.allocated(3 * GIB):
         pass
+    return memory
+
+
+def profile_of(gpu: FakeGpu, memory: GpuMemory, *, graph_bytes: int = 0) -> MemoryProfile:
+    """A step of 2 GiB, with ½ GiB of code; graphs' buffers of ¼ and memory for the largest of ½ GiB."""
 
     def largest_step() -> None:
         gpu.running.context += GIB // 2
         with gpu.allocated(2 * GIB):
             pass
 
-    def graph_step() -> None:
-        with gpu.allocated(GIB // 2):
+    def rehearse() -> int:
+        with gpu.allocated(GIB // 4), gpu.allocated(GIB // 2):
             pass
+        return graph_bytes
 
-    return profile_memory(memory, largest_step, graph_step, graph_bytes)
+    return profile_memory(memory, largest_step, rehearse if graph_bytes else None)
 
 
-def start(gpu: FakeGpu, utilization: float) -> int:
+def load_and_profile(gpu: FakeGpu, *, graph_bytes: int = 0) -> MemoryProfile:
+    return profile_of(gpu, load(gpu), graph_bytes=graph_bytes)
+
+
+def start(gpu: FakeGpu, utilization: float, *, graph_bytes: int = 0) -> int:
     """An engine in a process of its own, which takes its KV cache: how large that is."""
     gpu.new_process()
-    kv_bytes = load_and_profile(gpu).kv_bytes(utilization)
+    memory = load(gpu)
+    profile = profile_of(gpu, memory, graph_bytes=graph_bytes)
+    kv_bytes = profile.kv_bytes(utilization)
     gpu.allocate(kv_bytes)
+    gpu.allocate(profile.graphs)
+    keep_for_steps(memory, profile)
     return kv_bytes
 
 
 def test_everything_but_kv_is_measured(gpu: FakeGpu) -> None:
     gpu.others = 5 * GIB
     profile = load_and_profile(gpu)
-    assert profile == replace(PROFILE, free=(80 - 5 - 16 - 2 - 1) * GIB)
+    assert profile == replace(PROFILE, free=(80 - 5 - 16 - 1) * GIB)
     assert profile.kv_bytes(0.9) == (72 - 19) * GIB
 
 
@@ -84,7 +105,7 @@ def test_second_engine_of_a_process_counts_its_own_memory_only(gpu: FakeGpu) -> 
     first = load_and_profile(gpu)
     gpu.allocate(10 * GIB)
     second = load_and_profile(gpu)
-    # The context is there already; kernels' code is loaded again in this stand-in. Both compute in the same 2 GiB.
+    # The context is there already; kernels' code is loaded again in this stand-in.
     assert second == replace(first, outside=GIB // 2, free=first.free - (10 + 16) * GIB - GIB // 2)
 
 
@@ -110,9 +131,11 @@ def test_memory_that_others_free_meanwhile_does_not_become_ours(gpu: FakeGpu) ->
 
 
 def test_graphs_have_room_beside_the_kv_cache(gpu: FakeGpu) -> None:
-    profile = load_and_profile(gpu, graph_bytes=GIB)
-    assert profile == replace(PROFILE, graphs=GIB + GIB // 2)
-    assert profile.kv_bytes(0.9) == 53 * GIB - GIB - GIB // 2
+    graphs = GIB + 3 * GIB // 4
+    assert load_and_profile(gpu, graph_bytes=GIB) == replace(PROFILE, graphs=graphs)
+    gpu.processes.clear()
+    assert start(gpu, 0.9, graph_bytes=GIB) == 53 * GIB - graphs
+    assert gpu.running.taken == 72 * GIB
 
 
 def test_engine_takes_less_where_others_hold_its_share(gpu: FakeGpu, caplog: pytest.LogCaptureFixture) -> None:
@@ -122,7 +145,8 @@ def test_engine_takes_less_where_others_hold_its_share(gpu: FakeGpu, caplog: pyt
         num_blocks = count_blocks(EngineConfig(), BLOCK_BYTES, profile)
     assert num_blocks == profile.kv_bytes(0.9) // BLOCK_BYTES
     gpu.allocate(num_blocks * BLOCK_BYTES)
-    assert profile.spare <= gpu.free < profile.spare + BLOCK_BYTES
+    gpu.allocate(profile.step)
+    assert int(0.02 * 80 * GIB) <= gpu.free < int(0.02 * 80 * GIB) + BLOCK_BYTES
     # 41 GiB are free, 1.6 of them stay so; the share would have left 53
     assert "gets 13.60 GiB less than gpu_memory_utilization 0.9 allows" in caplog.text
 
@@ -143,7 +167,7 @@ def test_kv_memory_that_was_given_is_taken_as_it_is(gpu: FakeGpu) -> None:
 def test_no_room_says_what_takes_it_and_what_to_do() -> None:
     with pytest.raises(OutOfMemory) as caught:
         count_blocks(EngineConfig(gpu_memory_utilization=0.2), BLOCK_BYTES, PROFILE)
-    for words in ("allows 16.00 GiB", "61.00 GiB are free", "weights 16.00 GiB", "largest step 2.00 GiB", "Raise gpu_"):
+    for words in ("allows 16.00 GiB", "63.00 GiB are free", "weights 16.00 GiB", "largest step 2.00 GiB", "Raise gpu_"):
         assert words in caught.value.message
 
 
@@ -167,7 +191,7 @@ def test_engines_that_start_at_the_same_time_get_the_same(gpu: FakeGpu, tmp_path
             assert memory is not None
             assert inside.acquire(blocking=False), "another one is starting"
             gpu.allocate(16 * GIB)
-            profile = profile_memory(memory, lambda: None, lambda: None, 0)
+            profile = profile_memory(memory, lambda: None)
             kv_bytes.append(profile.kv_bytes(0.45))
             gpu.allocate(kv_bytes[-1])
             # The next thread stands for another process.
