@@ -47,8 +47,12 @@ def engine_options(
     gpu_memory_utilization: Annotated[
         float, typer.Option(help="share of a GPU's memory to take; several workers of `serve` divide it equally")
     ] = DEFAULT_GPU_MEMORY_UTILIZATION,
-    max_num_seqs: Annotated[int, typer.Option(min=1, help="requests computed at the same time, per worker")] = 64,
-    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="tokens computed in one step")] = 512,
+    max_num_seqs: Annotated[
+        int, typer.Option(min=0, help="requests computed at the same time, per worker. 0: 64, on a GPU 256")
+    ] = 0,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(min=0, help="tokens computed in one step. 0: 512, on a GPU 4096")
+    ] = 0,
     step_stretch: Annotated[
         float,
         typer.Option(help="a step with prompts may take so many times a plain one, while others decode; inf: no limit"),

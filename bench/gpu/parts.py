@@ -80,11 +80,12 @@ class Part:
 def run_part(part: Part, bench: Bench, total: Deadline) -> None:
     """Raises nothing. Figures that are missing afterwards have a reason."""
     started = time.monotonic()
-    if part.frees:
-        bench.drop()
     seconds = min(part.budget_seconds, total.seconds_left)
-    reason = "" if seconds > 0 else "no time left"
-    if not reason:
+    reason = "no time left"
+    if seconds > 0:
+        reason = ""
+        if part.frees:
+            bench.drop()
         bench.deadline = Deadline(seconds)
         try:
             with interrupted_after(seconds + GRACE_SECONDS):
@@ -97,8 +98,8 @@ def run_part(part: Part, bench: Bench, total: Deadline) -> None:
             reason = short_reason(error)
             if part.is_check:
                 bench.checks.append(Check(part.name, False, reason))
-    if reason:
-        bench.drop()
+        if reason:
+            bench.drop()
     if reason and part.is_check and not any(check.detail == reason for check in bench.checks):
         bench.checks.append(Check(part.name, None, reason))
     for figure in part.figures:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from relevo.engine.engine import Engine
 
 CHAT_PROMPT_TOKENS = 32
+CHAT_OUTPUT_TOKENS = 256
+STEPS_ALONE = 300
+LONG = "long"
 
 
 @dataclass(frozen=True)
@@ -39,45 +42,83 @@ class FairnessResult:
 
 
 def measure_fairness(
-    engine: Engine, *, step_stretch: float, num_chats: int, input_len: int, seed: int
+    engine: Engine, *, step_stretch: float, num_chats: int, input_len: int, num_cached: int, seed: int
 ) -> FairnessResult:
-    """Chats that answer without end; alone for a while, then beside one long prompt until its first token."""
-    vocab_size = engine.info.vocab_size
-    chats = random_prompts(num_chats, input_len=CHAT_PROMPT_TOKENS, vocab_size=vocab_size, seed=seed)
-    for i, prompt in enumerate(chats):
-        engine.submit(engine.make_request(f"chat{i}", prompt, _endless(None)))
-    for _ in range(30):
-        engine.step()
-    alone = [_timed_step(engine)[0] for _ in range(200)]
-    [long] = random_prompts(1, input_len=input_len, vocab_size=vocab_size, seed=seed + 1)
-    engine.submit(engine.make_request("long", long, _endless(1)))
-    beside: list[float] = []
-    has_first_token = False
-    while not has_first_token:
-        seconds, has_first_token = _timed_step(engine)
-        beside.append(seconds)
-    for i in range(num_chats):
-        engine.abort(f"chat{i}")
-    while engine.has_unfinished_requests:
-        engine.step()
+    """Chats that come and go; alone for a while, then beside one long prompt until its first token.
+
+    num_cached: so many tokens of the long prompt are computed before
+    """
+    [long] = random_prompts(1, input_len=input_len, vocab_size=engine.info.vocab_size, seed=seed + 1)
+    if num_cached:
+        engine.submit(engine.make_request("before", long[:num_cached], _sampling(1)))
+        while engine.has_unfinished_requests:
+            engine.step()
+    chats = _Chats(engine, num_chats, seed)
+    while len(chats.itl_ms) < STEPS_ALONE:
+        chats.step()
+    alone = chats.itl_ms[STEPS_ALONE // 10 :]
+    chats.itl_ms = []
+    engine.submit(engine.make_request(LONG, long, _sampling(1)))
+    started = time.perf_counter()
+    while not chats.step():
+        pass
+    ttft_seconds = time.perf_counter() - started
+    chats.end()
     return FairnessResult(
         step_stretch,
-        itl_p50_alone_ms=1000.0 * percentile(alone, 50),
-        itl_p99_alone_ms=1000.0 * percentile(alone, 99),
-        itl_p50_ms=1000.0 * percentile(beside, 50),
-        itl_p99_ms=1000.0 * percentile(beside, 99),
-        ttft_seconds=sum(beside),
+        itl_p50_alone_ms=percentile(alone, 50),
+        itl_p99_alone_ms=percentile(alone, 99),
+        itl_p50_ms=percentile(chats.itl_ms, 50),
+        itl_p99_ms=percentile(chats.itl_ms, 99),
+        ttft_seconds=ttft_seconds,
     )
 
 
-def _timed_step(engine: Engine) -> tuple[float, bool]:
-    """Every chat gets a token in every step, so that a step's duration is all chats' time between tokens."""
-    started = time.perf_counter()
-    result = engine.step()
-    return time.perf_counter() - started, any(tokens.request_id == "long" for tokens in result.tokens)
+class _Chats:
+    """A set number of them; where one ends another begins, so that their contexts stay short.
+
+    itl_ms: a step's duration is the time between tokens of all that have begun, since each gets one in every step.
+    Steps that read a new one's prompt are left out: they would take longer without the long one, too.
+    """
+
+    def __init__(self, engine: Engine, num_chats: int, seed: int) -> None:
+        self.itl_ms: list[float] = []
+        self._engine = engine
+        self._seed = seed
+        self._num_begun = 0
+        self._open: set[str] = set()
+        for i in range(num_chats):
+            self._begin(CHAT_OUTPUT_TOKENS * (i + 1) // num_chats)
+
+    def step(self) -> bool:
+        """Whether the long prompt's first token has come."""
+        started = time.perf_counter()
+        result = self._engine.step()
+        seconds = time.perf_counter() - started
+        if all(chunk.request_id == LONG for chunk in result.chunks):
+            self.itl_ms.append(1000.0 * seconds)
+        for ended in result.ended:
+            if ended.request_id in self._open:
+                self._open.remove(ended.request_id)
+                self._begin(CHAT_OUTPUT_TOKENS)
+        return any(tokens.request_id == LONG for tokens in result.tokens)
+
+    def end(self) -> None:
+        for name in self._open:
+            self._engine.abort(name)
+        while self._engine.has_unfinished_requests:
+            self._engine.step()
+
+    def _begin(self, max_tokens: int) -> None:
+        name = f"chat{self._num_begun}"
+        self._num_begun += 1
+        vocab_size, seed = self._engine.info.vocab_size, 1000 * self._seed + self._num_begun
+        [prompt] = random_prompts(1, input_len=CHAT_PROMPT_TOKENS, vocab_size=vocab_size, seed=seed)
+        self._engine.submit(self._engine.make_request(name, prompt, _sampling(max_tokens)))
+        self._open.add(name)
 
 
-def _endless(max_tokens: int | None) -> SamplingParams:
+def _sampling(max_tokens: int) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, temperature=0.0, seed=0, ignore_eos=True)
 
 
@@ -89,6 +130,7 @@ def fairness(
     model: Model = None,
     *,
     input_len: Annotated[int, typer.Option(min=64, help="tokens of the long prompt")] = 16_384,
+    num_cached: Annotated[int, typer.Option(min=0, help="of these are computed before")] = 0,
     num_chats: Annotated[int, typer.Option(min=1)] = 16,
     step_stretch: Annotated[str, typer.Option(help="several: 2,1e9")] = "2,1e9",
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option()] = "float32",
@@ -114,7 +156,12 @@ def fairness(
             update(f"step_stretch {stretch:g}")
             results.append(
                 measure_fairness(
-                    Engine(config), step_stretch=stretch, num_chats=num_chats, input_len=input_len, seed=seed
+                    Engine(config),
+                    step_stretch=stretch,
+                    num_chats=num_chats,
+                    input_len=input_len,
+                    num_cached=num_cached,
+                    seed=seed,
                 )
             )
     table = Table(

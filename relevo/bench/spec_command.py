@@ -138,7 +138,8 @@ def _engine(options: dict[str, Any]) -> tuple[Engine, Callable[[str], Speculator
     def make(kind: str) -> Speculator:
         if kind == config.speculative:
             return own
-        return make_speculator(replace(config, speculative=kind), engine.runner, None)
+        sized = config.on(engine.runner.forward.device.type)
+        return make_speculator(replace(sized, speculative=kind), engine.runner, None)
 
     return engine, make
 

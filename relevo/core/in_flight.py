@@ -35,9 +35,8 @@ def advance(output: SchedulerOutput) -> list[Advanced]:
     for entry in output.scheduled:
         request = entry.request
         assert not entry.draft_token_ids, "how many drafts are accepted is not known before the tokens are there"
-        samples = entry.samples
         request.num_computed_tokens += entry.num_scheduled_tokens
-        if samples:
+        if entry.samples:
             request.token_ids.append(PENDING_TOKEN)
             request.num_pending_tokens += 1
         advanced.append(Advanced(request, request.num_computed_tokens, request.num_preemptions))

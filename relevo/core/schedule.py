@@ -24,18 +24,25 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRequest:
-    """The step computes num_scheduled_tokens of the request, from num_computed_tokens on.
+    """The step computes num_scheduled_tokens of the request, from `start` on: what was computed when it was scheduled.
 
-    [num_computed_tokens, num_tokens)                             known tokens, or as many of them as fit the step
+    [start, num_tokens)                                           known tokens, or as many of them as fit the step
     [num_tokens, num_tokens + len(draft_token_ids))               drafts; only behind all that is known
 
     num_draft_slots: how many drafts there is room for, in the step and in the request's blocks
+    samples: all known tokens are computed after this step: the last rows' logits choose the next ones
     """
 
     request: Request
     num_scheduled_tokens: int  # drafts included
     draft_token_ids: Sequence[int] = ()
     num_draft_slots: int = 0
+    start: int = field(init=False)
+    samples: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "start", self.request.num_computed_tokens)
+        object.__setattr__(self, "samples", self.num_known_tokens == self.request.num_uncomputed_tokens)
 
     @property
     def num_known_tokens(self) -> int:
@@ -43,15 +50,10 @@ class ScheduledRequest:
         return self.num_scheduled_tokens - len(self.draft_token_ids)
 
     @property
-    def samples(self) -> bool:
-        """All known tokens are computed after this step: the last rows' logits choose the next ones."""
-        return self.num_known_tokens == self.request.num_uncomputed_tokens
-
-    @property
     def token_ids(self) -> list[int]:
         """Of the step's rows."""
-        start = self.request.num_computed_tokens
-        return [*self.request.token_ids[start : start + self.num_known_tokens], *self.draft_token_ids]
+        known = self.request.token_ids[self.start : self.start + self.num_known_tokens]
+        return [*known, *self.draft_token_ids]
 
     def with_drafts(self, draft_token_ids: Sequence[int]) -> ScheduledRequest:
         """The same, with drafts in its slots: at most so many."""

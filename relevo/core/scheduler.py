@@ -13,10 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from relevo.core.block_hash import BlockHash
 from relevo.core.block_pool import BlockPool
+from relevo.core.prompt_budget import PromptBudget, PromptLimit
 from relevo.core.request import FinishReason, Request, RequestStatus
 from relevo.core.schedule import ScheduledRequest, SchedulerConfig, SchedulerOutput
-
-MIN_PROMPT_BUDGET = 4  # tokens in a step: prompts go on, however slowly
 
 
 class Scheduler:
@@ -30,8 +29,7 @@ class Scheduler:
 
     Blocks that are pinned are held beside what requests hold: somebody is copying them out.
 
-    prompt_tokens_per_step: how many tokens of prompts take as long as a step without any, by whoever measures it;
-    None: not known, and steps are filled up
+    prompt_limit: what prompts may add to a step in which others decode, by whoever measures it; None: steps are filled
     """
 
     def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
@@ -44,7 +42,8 @@ class Scheduler:
         self._pinned: list[int] = []  # block ids; one that was pinned twice is in it twice
         self._requests: dict[str, Request] = {}
         self._num_added = 0
-        self.prompt_tokens_per_step: float | None = None
+        self.prompt_limit: PromptLimit | None = None
+        self._saved_prompt_seconds = 0.0
         self._num_prompt_logprobs_left = 0  # of this step
 
     def add(self, request: Request) -> None:
@@ -153,11 +152,12 @@ class Scheduler:
         num_yielded = len(output.preempted)
         prompt_budget = self._prompt_budget()
         most = self.config.max_num_batched_tokens
-        budget, prompt_budget = self._schedule_running(output, most, prompt_budget, num_drafts or {})
+        budget = self._schedule_running(output, most, prompt_budget, num_drafts or {})
         if len(output.preempted) == num_yielded:
-            self._schedule_waiting(output, min(budget, prompt_budget))
+            self._schedule_waiting(output, budget, prompt_budget)
+        self._saved_prompt_seconds = prompt_budget.saved
         while not output.scheduled and self._preempt_parked(output):
-            self._schedule_waiting(output, self.config.max_num_batched_tokens)
+            self._schedule_waiting(output, most, PromptBudget(None))
         return output
 
     def update(self, output: SchedulerOutput, sampled: Mapping[str, Sequence[int]]) -> list[Request]:
@@ -223,36 +223,38 @@ class Scheduler:
         held = {block_id: count for block_id, count in enumerate(self.pool._ref_cnt) if count}
         assert held == ref_cnt, f"held in the pool {held}, by requests and pins {ref_cnt}"
 
-    def _prompt_budget(self) -> int:
-        """Tokens of prompts in this step. While others decode, these wait for as long as they would for a plain step of
-        theirs; for longer where more requests wait for their first token than decode, in that proportion.
-        """
-        most = self.config.max_num_batched_tokens
+    def _prompt_budget(self) -> PromptBudget:
+        """Of this step. Where more requests wait for their first token than decode, more, in that proportion."""
         num_decoding = sum(request.num_uncomputed_tokens == 1 for request in self.running)
-        if self.prompt_tokens_per_step is None or num_decoding == 0:
-            return most
+        if self.prompt_limit is None or num_decoding == 0:
+            return PromptBudget(None)
         num_prompts = len(self.running) - num_decoding + len(self.waiting)
-        num_tokens = int(self.prompt_tokens_per_step * max(1.0, num_prompts / num_decoding))
-        return min(most, max(MIN_PROMPT_BUDGET, num_tokens))
+        return PromptBudget(self.prompt_limit, max(1.0, num_prompts / num_decoding), self._saved_prompt_seconds)
 
     def _schedule_running(
-        self, output: SchedulerOutput, budget: int, prompt_budget: int, num_drafts: Mapping[str, int]
-    ) -> tuple[int, int]:
+        self, output: SchedulerOutput, budget: int, prompt_budget: PromptBudget, num_drafts: Mapping[str, int]
+    ) -> int:
+        """Returns what is left of the budget."""
+
         def later(request: Request) -> tuple[bool, bool]:
             # Those that need one token first: a long prompt must not make them wait for the next step. Then prompts
             # that this step completes: nor must it make those wait until it is through.
-            return request.num_uncomputed_tokens > 1, request.num_uncomputed_tokens > prompt_budget
+            num_tokens = request.num_uncomputed_tokens
+            return num_tokens > 1, num_tokens > 1 and not prompt_budget.completes(
+                request.num_computed_tokens, num_tokens
+            )
 
         # Drafts never take a request's own token out of the step, and leave prompts half of it.
         spare = min(budget - len(self.running), budget // 2)
-        leave = 2 if self.waiting and prompt_budget < self.config.max_num_batched_tokens else 1
+        share = 0.5 if self.waiting else 1.0
         for request in sorted(self.running, key=later):
             if request.status is not RequestStatus.RUNNING or request.is_ending:
                 continue  # preempted for one before it, or nothing of it is left to compute
             num_tokens = self._num_to_schedule(request, budget)
             is_prompt = request.num_uncomputed_tokens > 1
-            if is_prompt and num_tokens > prompt_budget:
-                num_tokens = -(-prompt_budget // leave)
+            position = request.num_computed_tokens
+            if is_prompt and not prompt_budget.completes(position, num_tokens):
+                num_tokens = prompt_budget.fit(position, num_tokens, share)
             if num_tokens == 0:
                 continue
             if self._grow(request, request.num_computed_tokens + num_tokens, output):
@@ -261,8 +263,9 @@ class Scheduler:
                 self._take(request, num_tokens, output, num_slots)
                 budget -= num_tokens + num_slots
                 spare -= num_slots
-                prompt_budget -= num_tokens if is_prompt else 0
-        return budget, prompt_budget
+                if is_prompt:
+                    prompt_budget.take(position, num_tokens)
+        return budget
 
     def _make_room(self, output: SchedulerOutput) -> None:
         """Preempt for the first that waits, if that lets it in, running requests of a lower priority."""
@@ -317,13 +320,13 @@ class Scheduler:
             self._num_prompt_logprobs_left -= num_tokens
         output.scheduled.append(ScheduledRequest(request, num_tokens, num_draft_slots=num_draft_slots))
 
-    def _schedule_waiting(self, output: SchedulerOutput, budget: int) -> None:
+    def _schedule_waiting(self, output: SchedulerOutput, budget: int, prompt_budget: PromptBudget) -> None:
         for request in list(self.waiting):
             if not self.has_place:
                 break
             if not self._may_go(request):
                 continue
-            if self._num_to_schedule(request, budget) == 0 and not request.await_kv:
+            if not request.await_kv and prompt_budget.fit(0, self._num_to_schedule(request, budget)) == 0:
                 break
             if not self._admit(request):
                 break
@@ -337,9 +340,12 @@ class Scheduler:
                 continue
             request.status = RequestStatus.RUNNING
             self.running.append(request)
-            num_tokens = self._num_to_schedule(request, budget)
-            self._take(request, num_tokens, output)
-            budget -= num_tokens
+            position = request.num_computed_tokens
+            num_tokens = prompt_budget.fit(position, self._num_to_schedule(request, budget))
+            if num_tokens:
+                self._take(request, num_tokens, output)
+                budget -= num_tokens
+                prompt_budget.take(position, num_tokens)
 
     def _may_go(self, request: Request) -> bool:
         """Whether a step may compute something of it."""

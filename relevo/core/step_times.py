@@ -24,6 +24,10 @@ class StepTimes:
             return 0.0
         return max(0.0, (self._product - self._size * self.step_seconds) / variance)
 
+    def seconds(self, num_requests: int) -> float:
+        """Of a step of so many."""
+        return max(0.0, self.step_seconds + self.step_seconds_per_request * (num_requests - self._size))
+
     def add(self, num_requests: int, seconds: float) -> None:
         weight = WEIGHT if self.step_seconds else 1.0
         self.step_seconds += weight * (seconds - self.step_seconds)

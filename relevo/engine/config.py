@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from relevo.core.errors import StartupError
@@ -31,8 +31,8 @@ class EngineConfig:
     block_size: tokens in a KV block
     kv_cache_memory: bytes; None: DEFAULT_KV_CACHE_MEMORY on a CPU, on a GPU what gpu_memory_utilization leaves
     gpu_memory_utilization: the share of a GPU's memory that this engine may take: weights, steps, CUDA's own, KV cache
-    max_num_seqs: requests computed at the same time
-    max_num_batched_tokens: tokens computed in one step
+    max_num_seqs: requests computed at the same time; 0: 64, on a GPU 256
+    max_num_batched_tokens: tokens computed in one step; 0: 512, on a GPU 4096, and never less than max_num_seqs
     step_stretch: how much longer than a step without prompts one with them may take, while others decode; inf: no limit
     load_format: dummy makes random weights from config.json alone, by `seed`
     passes: replace modules of transformers by faster ones that were shown to be equal
@@ -54,8 +54,8 @@ class EngineConfig:
     block_size: int = 16
     kv_cache_memory: int | None = None
     gpu_memory_utilization: float = DEFAULT_GPU_MEMORY_UTILIZATION
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
+    max_num_seqs: int = 0
+    max_num_batched_tokens: int = 0
     step_stretch: float = 2.0
     load_format: LoadFormat = "auto"
     seed: int = 0
@@ -76,8 +76,6 @@ class EngineConfig:
         for name in (
             "block_size",
             "kv_cache_memory",
-            "max_num_seqs",
-            "max_num_batched_tokens",
             "max_model_len",
             "num_speculative_tokens",
             "threads",
@@ -91,7 +89,9 @@ class EngineConfig:
             )
         if not self.step_stretch > 1.0:
             raise StartupError(f"step_stretch must be above 1, not {self.step_stretch}")
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        if self.max_num_seqs < 0 or self.max_num_batched_tokens < 0:
+            raise StartupError("max_num_seqs and max_num_batched_tokens must be at least 1, or 0 for the device's own")
+        if 0 < self.max_num_batched_tokens < self.max_num_seqs:
             raise StartupError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}): every running request computes a token a step"
@@ -104,6 +104,16 @@ class EngineConfig:
             raise StartupError(
                 f"num_speculative_tokens must be at most {MAX_DRAFTS}, not {self.num_speculative_tokens}"
             )
+
+    def on(self, device_type: str) -> EngineConfig:
+        """With the device's own sizes of a step in the place of those that are not given."""
+        num_seqs, num_tokens = (256, 4096) if device_type == "cuda" else (64, 512)
+        num_seqs = self.max_num_seqs or min(num_seqs, self.max_num_batched_tokens or num_seqs)
+        return replace(
+            self,
+            max_num_seqs=num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens or max(num_tokens, num_seqs),
+        )
 
     @property
     def max_drafts(self) -> int:

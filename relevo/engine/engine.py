@@ -45,6 +45,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         device = choose_device(config.device)
+        config = config.on(device.type)
         with start_on(device, config.gpu_lock_dir) as memory, explain_shortage(device, "the engine", STEP_ADVICE):
             parts = load_parts(config, device, memory)
             self.info, self.kv_cache, self.runner = parts.info, parts.kv_cache, parts.runner
@@ -229,7 +230,7 @@ class Engine:
         began_at = max(step.began_at, self._settled_at)
         self._settled_at = ended_at
         self._rates.measure(output, sum(map(len, token_ids.values())), ended_at - began_at)
-        self.scheduler.prompt_tokens_per_step = self._rates.prompt_tokens_per_step
+        self.scheduler.prompt_limit = self._rates.prompt_limit
         if step.advanced is None:
             ended = self.scheduler.update(output, token_ids)
         else:

@@ -115,7 +115,7 @@ class ModelRunner:
                 sampled_rows += range(len(token_ids) - len(own), len(token_ids))
                 rows += own
         masks = self._grammar_masks.begin(rows)
-        spans = [Span(e.request.block_ids, e.request.num_computed_tokens, e.num_scheduled_tokens) for e in scheduled]
+        spans = [Span(e.request.block_ids, e.start, e.num_scheduled_tokens) for e in scheduled]
         batch = flat_batch(token_ids, spans, sampled_rows + prompt_rows.indices, self.kv_cache.layout.block_size)
         logits = self.forward(batch, before.late_tokens(scheduled) if before else None)
         tokens = self.sampler.enqueue(logits[: len(rows)], rows, masks.result() if masks else None)

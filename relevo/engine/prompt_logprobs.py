@@ -38,7 +38,7 @@ class PromptRows:
         request = entry.request
         if not request.num_missing_prompt_logprobs:
             return
-        start = request.num_computed_tokens
+        start = entry.start
         first = request.num_prompt_logprobs
         end = min(start + entry.num_scheduled_tokens, request.num_prompt_tokens - 1)
         assert start <= first, "a row whose logits are wanted was not computed here"

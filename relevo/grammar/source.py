@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from relevo.core.structured_outputs import StructuredOutputs
+from relevo.grammar.multiples import check_multiples
 from relevo.grammar.patterns import with_exact_patterns
 
 # Without a bound, a model that has begun to write spaces may never end.
@@ -55,6 +56,7 @@ def _schema(text: str, *, is_compact: bool) -> dict[str, Any] | bool:
         schema = {}
     if not isinstance(schema, dict):
         raise ValueError(f"the schema must be an object or a boolean, not {type(schema).__name__}")  # noqa: TRY004 (the world's, not ours)
+    check_multiples(schema)
     whitespace = {"whitespace_flexible": False} if is_compact else {"whitespace_pattern": JSON_WHITESPACE}
     own = schema.get("x-guidance")
     return {**with_exact_patterns(schema), "x-guidance": {**whitespace, **(own if isinstance(own, dict) else {})}}

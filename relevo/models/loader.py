@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -235,7 +236,8 @@ def _from_pretrained(
                 attn_implementation=PROBED if adapter is None else "eager",
                 # On a CPU: touches only the experts that the batch chose. On a GPU: one launch, deterministic.
                 experts_implementation="eager" if device.type == "cpu" else "grouped_mm",
-                device_map=None if device.type == "cpu" else device,
+                # Straight to a GPU, which transformers leaves to accelerate; else by way of the host's memory.
+                device_map=device if device.type == "cuda" and find_spec("accelerate") else None,
                 output_loading_info=True,
                 **weights,
             )
@@ -248,7 +250,7 @@ def _from_pretrained(
     ignored = sorted(info["unexpected_keys"])
     if ignored:
         logger.warning("model %s: %d weights are not used, such as %s", files.name, len(ignored), ignored[0])
-    loaded: PreTrainedModel = model.eval().requires_grad_(False)
+    loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     return loaded
 
 

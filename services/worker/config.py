@@ -52,8 +52,8 @@ class WorkerSettings(FleetSettings):
         le=1,
         description="share of a GPU's memory that this worker may take; of several on one GPU, together at most 1",
     )
-    max_num_seqs: int = Field(64, ge=1, description="requests computed at the same time")
-    max_num_batched_tokens: int = Field(512, ge=1, description="tokens computed in one step")
+    max_num_seqs: int = Field(0, ge=0, description="requests computed at the same time; 0: 64, on a GPU 256")
+    max_num_batched_tokens: int = Field(0, ge=0, description="tokens computed in one step; 0: 512, on a GPU 4096")
     step_stretch: float = Field(
         2.0,
         gt=1,

@@ -6,6 +6,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from relevo.core.prompt_budget import PromptLimit
+from relevo.core.prompt_costs import PromptCosts
 from relevo.core.request import FinishReason, Request, RequestStatus
 from relevo.core.schedule import SchedulerOutput
 from relevo.core.scheduler import Scheduler
@@ -252,10 +254,10 @@ def test_nobody_is_preempted_for_an_equal_or_in_vain() -> None:
     assert step(scheduler)[0].preempted == []
 
 
-def test_while_others_decode_a_prompt_takes_as_long_as_their_plain_step() -> None:
+def test_while_others_decode_prompts_take_the_time_that_there_is_for_them() -> None:
     scheduler = make_scheduler(num_blocks=100, max_num_seqs=8, max_num_batched_tokens=64)
     scheduler.add(make_request("alone", range(200, 240), max_tokens=1))
-    scheduler.prompt_tokens_per_step = 10.0
+    scheduler.prompt_limit = PromptLimit(PromptCosts(token=0.1), seconds=1.01)
     assert scheduled(step(scheduler)[0]) == {"alone": 40}  # nobody decodes
     for i in range(4):
         scheduler.add(make_request(f"chat{i}", [i], max_tokens=40))
@@ -270,6 +272,39 @@ def test_while_others_decode_a_prompt_takes_as_long_as_their_plain_step() -> Non
         scheduler.add(make_request(f"more{i}", range(400 + 50 * i, 440 + 50 * i), max_tokens=1))
     output, _ = step(scheduler)
     assert 11 / 5 * 10 - 1 <= output.num_scheduled_tokens - 5 <= 11 / 5 * 10 + 1
+
+
+def test_chunks_shrink_as_there_is_more_before_them() -> None:
+    """A token takes 0.1 s and 0.01 s for each before it: at 50, the 1.2 s that there are do for one of 0.605 s."""
+    scheduler = make_scheduler(num_blocks=100, max_num_seqs=8, max_num_batched_tokens=64)
+    scheduler.add(make_request("chat", [0], max_tokens=90))
+    step(scheduler)
+    scheduler.prompt_limit = PromptLimit(PromptCosts(token=0.1, pair=0.01), seconds=1.2)
+    scheduler.add(make_request("long", range(60), max_tokens=1))
+    chunks, position = {}, 0
+    while position < 60:
+        chunks[position] = scheduled(step(scheduler)[0])["long"]
+        position += chunks[position]
+    assert chunks[0] == 8 and list(chunks.values()) == sorted(chunks.values(), reverse=True)
+    assert all(count == 1 for position, count in chunks.items() if position >= 55)
+
+
+def test_where_no_token_fits_a_prompt_saves_up_for_its_smallest_chunk_and_keeps_no_other_out() -> None:
+    """There is 1 s a step. Behind 40 keys, 4 tokens take 4 * 0.5 s and 44 * 0.1 s for the keys: 6.4 s."""
+    scheduler = make_scheduler(num_blocks=100, max_num_seqs=8, max_num_batched_tokens=41)
+    scheduler.add(make_request("chat", [0], max_tokens=90))
+    step(scheduler)
+    scheduler.add(make_request("long", range(60), max_tokens=1))
+    assert scheduled(step(scheduler)[0]) == {"chat": 1, "long": 40}
+    scheduler.prompt_limit = PromptLimit(PromptCosts(token=0.5, key=0.1), seconds=1.0)
+    for _ in range(6):
+        assert scheduled(step(scheduler)[0]) == {"chat": 1}
+    assert scheduled(step(scheduler)[0]) == {"chat": 1, "long": 4}
+    scheduler.add(make_request("short", range(100, 102), max_tokens=1))
+    chunks = [scheduled(step(scheduler)[0]) for _ in range(40)]
+    assert sum(rows.get("short", 0) for rows in chunks[:5]) == 2
+    assert sum(rows.get("long", 0) for rows in chunks) == 16
+    assert all(rows["chat"] == 1 for rows in chunks)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -303,9 +338,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.add(request)
         self.open[request.request_id] = request
 
-    @rule(num_tokens=st.none() | st.floats(0.1, 8.0))
-    def measure(self, num_tokens: float | None) -> None:
-        self.scheduler.prompt_tokens_per_step = num_tokens
+    @rule(seconds=st.none() | st.floats(0.1, 8.0), pair=st.floats(0.0, 0.2), key=st.floats(0.0, 0.5))
+    def measure(self, seconds: float | None, pair: float, key: float) -> None:
+        costs = PromptCosts(1.0, pair, key)
+        self.scheduler.prompt_limit = None if seconds is None else PromptLimit(costs, seconds)
 
     @rule(num_drafts=st.integers(0, 6), num_right=st.integers(0, 6))
     def step(self, num_drafts: int = 0, num_right: int = 0) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +21,7 @@ from relevo.grammar import compiler as compiler_module
 from relevo.grammar.compiler import GrammarCompiler
 from relevo.grammar.matcher import GrammarMatcher, start_matching
 from relevo.grammar.patterns import with_exact_patterns
+from relevo.grammar.source import llguidance_source
 from relevo.model_files import generation_defaults, resolve_model
 from relevo.tokenizer import Tokenizer
 from tests.support.schemas import random_schema
@@ -148,6 +153,17 @@ def test_what_nothing_fits_or_nobody_can_read_is_refused_with_the_reason() -> No
     assert "x" * 500 not in reason(regex="(" + "x" * 5000)
 
 
+def test_multiples_that_would_take_seconds_are_refused_and_round_ones_are_not() -> None:
+    large = {"properties": {f"p{i}": {"type": "integer", "multipleOf": 9973 + 2 * i} for i in range(50)}}
+    started = time.thread_time()
+    with pytest.raises(ValueError, match="multipleOf are 501,100 together"):
+        llguidance_source(StructuredOutputs(json=large))
+    assert time.thread_time() - started < 0.5
+    assert "multipleOf are 501,100" in reason(json=large)
+    for multiple in (7, 0.01, 2.5, 10_000_000):
+        assert matcher(StructuredOutputs(json={"type": "number", "multipleOf": multiple}))
+
+
 def test_what_is_wrong_on_sight_does_not_get_to_the_compiler() -> None:
     wrongs: list[dict[str, Any]] = [{}, {"regex": "a", "choice": ["b"]}, {"choice": []}, {"choice": "ab"}, {"json": 3}]
     for wrong in wrongs:
@@ -165,6 +181,20 @@ def test_a_large_one_is_refused_and_another_compiles_meanwhile() -> None:
     assert small.result(timeout=10) and not large.done()
     with pytest.raises(InvalidRequest, match="too large: compiling takes"):
         large.result(timeout=30)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own there")
+def test_compiling_gives_way_to_what_computes_and_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    priorities: list[int] = []
+
+    def compile_(self: GrammarCompiler, outputs: StructuredOutputs) -> None:
+        priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    monkeypatch.setattr(GrammarCompiler, "_compile", compile_)
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    GrammarCompiler(lambda: TOKENIZER, EOS).compile(StructuredOutputs(regex="a")).result(timeout=10)
+    assert priorities == [compiler_module.NICENESS]
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
 
 
 def test_one_that_only_checks_judges_as_one_that_serves() -> None:

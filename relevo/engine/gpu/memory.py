@@ -68,7 +68,7 @@ class MemoryProfile:
     """What an engine takes beside its KV cache. Bytes.
 
     free: with nothing of it taken but weights and what is outside
-    weights, step: by torch, in whole segments
+    weights, step: by torch, in whole segments; what the first step sets up for good counts as weights
     outside: the CUDA context, kernels' code
     graphs: with the buffers that they compute from; they are captured when the KV cache is there
     """
@@ -101,7 +101,7 @@ class MemoryProfile:
 def profile_memory(
     memory: GpuMemory, largest_step: Callable[[], object], rehearse: Callable[[], int] | None = None
 ) -> MemoryProfile:
-    """Compute the largest step that there can be, and look. Weights are loaded; neither leaves anything allocated.
+    """Compute the largest step that there can be, and look. Weights are loaded.
 
     rehearse: compute what CUDA graphs are to be captured of, the largest of each kind, with their buffers; returns what
         they take beside that
@@ -122,6 +122,8 @@ def profile_memory(
         # They compute in a pool of their own, which all of them share: the largest one's.
         graphs += torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
+    lasting = memory.reserved_since() - weights  # kernels' workspaces
+    weights, step = weights + lasting, step - lasting
     outside = memory.taken() - memory.reserved_since()
     free, _ = torch.cuda.mem_get_info(device)
     profile = MemoryProfile(memory.total, free, weights, step, outside, graphs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -16,16 +17,18 @@ from relevo.engine.spec_decode.planning import best_plan
 from relevo.engine.spec_decode.proposer import Proposer
 from relevo.engine.spec_decode.row_costs import RowCosts
 from relevo.engine.spec_decode.stats import SpecDecodeStats, StatsCounter
+from relevo.engine.spec_decode.trial import Trial
 
 STEPS_A_PLAN = 8  # planning takes a good part of a millisecond; what it goes by changes slowly
 STEPS_A_TRIAL = 16
-STEPS_A_PLAIN_ONE = 24
-STEPS_A_LOOK = 8  # in a pause only one in so many is looked at: all of them say the same
+STEPS_A_PLAIN_ONE, GREAT_GAIN = (12, 32), 1.2  # the second where the gain is great: then less hangs on it
+STEPS_A_LOOK = 16  # in a pause two in so many are looked at, the first for its time: all of them say the same
 FIRST_PAUSE, MAX_PAUSE = 16, 1024  # steps without drafts, and without a thought of them; doubled while none pay
-NEW_PAUSE = 64  # at most, where a request is new or the batch's size another
+NEW_PAUSE = 256  # at most, where a request is new or the batch's size another; half of it before the next trial
 PROBE_SHARE = 0.01  # of the time, for drafts that are not expected to pay: they may by now
 MAX_CREDIT_STEPS = 8  # and what drafts have saved may be risked for others, but not more than so many steps' time
 PROBE_DRAFTS = 2
+CLEAR_GAIN = 1.25  # by the model of costs: then what a proposer must compute first may cost more than the credit
 ANSWER_TOKENS = 64.0  # an answer, where none was measured
 ANSWER_WEIGHT = 0.05
 
@@ -86,7 +89,8 @@ class Speculator:
         self._pause, self._pause_left = FIRST_PAUSE, 0
         self._payoffs: dict[int, Payoff] = {}
         self._step: _Step | None = None  # the one in progress
-        self._rests = False  # the step in progress is not looked at
+        self._rests, self._rest_left = False, 0  # the step in progress is not looked at, nor so many that follow
+        self._trial = Trial()
         # For drafts that may not pay. Enough at first for one trial: what was measured at start may be wrong.
         self._credit_seconds = MAX_CREDIT_STEPS * verify_costs.seconds(1)
         self._answer_tokens = ANSWER_TOKENS
@@ -99,14 +103,14 @@ class Speculator:
             return {}
         if not self.adaptive:
             return {request.request_id: limit for request in running if (limit := self._wanted(request)) > 0}
+        self._rests = self._rest_left > 0
+        if self._rests:
+            self._rest_left -= 1
+            self._step = None
+            return {}
         # The newest and the number tell well enough whether they are others.
         composition = len(running), running[-1].request_id
         is_same = composition == self._composition
-        self._rests = is_same and self._pause_left % STEPS_A_LOOK > 1
-        if self._rests:
-            self._pause_left -= 1
-            self._step = None
-            return {}
         payoff = self._payoff_of(len(running))
         now = time.perf_counter()
         if self._step is not None and is_same:
@@ -114,26 +118,29 @@ class Speculator:
         if not is_same:
             if composition[1] != self._composition[1] or payoff is not self._payoff_of(self._composition[0]):
                 self._pause = min(self._pause, NEW_PAUSE)
-                self._pause_left = min(self._pause_left, FIRST_PAUSE)
+                self._pause_left = min(self._pause_left, self._pause // 2)
             self._composition = composition
             self._steps_left = 0
         self._step = _Step(now, len(running), STEPS_A_LOOK if self._pause_left > 0 else 1)
         if self._pause_left > 0 or not payoff.knows_plain:
             self._pause_left = max(0, self._pause_left - 1)
+            self._rest_left = max(0, self._pause_left % STEPS_A_LOOK - 1)
+            self._pause_left -= self._rest_left
             self._planned = {}
             return {}
         return self._drafts_of(running, payoff)
 
     def _drafts_of(self, running: Sequence[Request], payoff: Payoff) -> Mapping[str, int]:
-        if self._steps_left <= 0:
+        if self._steps_left <= 0 or self._trial.has_failed(self._yardstick.seconds(len(running))):
             self._planned = self._make_plan(running, payoff)
             if not self._planned:
+                self._steps_left = 0
                 self._pause_left, self._pause = self._pause, min(2 * self._pause, MAX_PAUSE)
                 return {}
         self._steps_left -= 1
         # What steps without drafts take must be known as well, or drafts seem to pay for ever.
         self._steps_with_drafts += 1
-        if self._steps_with_drafts % STEPS_A_PLAIN_ONE == 0:
+        if self._steps_with_drafts % STEPS_A_PLAIN_ONE[(payoff.gain or 0.0) >= GREAT_GAIN] == 0:
             return {}
         assert self._step is not None
         self._step.has_plan = True
@@ -147,15 +154,16 @@ class Speculator:
         self._credit_seconds += PROBE_SHARE * seconds * step.stands_for
         if step.has_plan:
             work = plain_work * step.num_tokens / step.num_running
-            self._credit_seconds += payoff.add_drafts(work, plain_work, seconds, self._propose_seconds)
-            self._credit_seconds = min(self._credit_seconds, MAX_CREDIT_STEPS * plain_work)
+            saved = payoff.add_drafts(work, plain_work, seconds, self._propose_seconds)
+            self._credit_seconds = min(self._credit_seconds + saved, MAX_CREDIT_STEPS * plain_work)
+            self._trial.add(saved)
         else:
             payoff.add_plain(plain_work, seconds)
 
     def propose(self, output: SchedulerOutput) -> SchedulerOutput:
         """With drafts in the slots."""
         self._propose_seconds = 0.0
-        if not any(entry.num_draft_slots for entry in output.scheduled):
+        if self._rests or not any(entry.num_draft_slots for entry in output.scheduled):
             return output
         started = time.perf_counter()
         proposed = self.proposer.propose(output.scheduled)
@@ -238,31 +246,43 @@ class Speculator:
         return self._limit(request) if request.num_uncomputed_tokens == 1 else 0
 
     def _make_plan(self, running: Sequence[Request], payoff: Payoff) -> dict[str, int]:
-        """Drafts where the model of costs says that they pay and the clock does not say otherwise; else a trial."""
+        """Drafts where the clock says that they pay; where it says nothing, or did not before, a trial."""
         requests = [request for request in running if self._wanted(request) > 0]
         num_others = len(running) - len(requests)
         measured = payoff.gain
-        pays = measured is None or measured >= 1.0
-        if not requests or (not pays and self._planned):  # a trial, or what paid until now, has failed
+        is_sure = payoff.is_sure
+        if not requests:
+            return {}
+        if self._planned:
+            if not is_sure and (measured is not None or self._trial.has_failed(self._yardstick.seconds(len(running)))):
+                return {}  # the trial, or what paid until now
+        elif not is_sure and self._credit_seconds <= 0.0:
             return {}
         rates = [self._drafting_of(request).acceptance.rate for request in requests]
         limits = [self._limit(request) for request in requests]
         plan = best_plan(rates, limits, num_others, self.verify_costs.seconds, self._propose_seconds_of)
         gain = plan.gain if measured is None else min(plan.gain, measured)
+        credit = math.inf if is_sure or gain >= CLEAR_GAIN else self._credit_seconds
         num_drafts = {}
         for request, count in zip(requests, plan.num_drafts, strict=True):
-            if count and self._is_worth_its_lag(request, gain, len(running)):
+            if count and self._is_worth_its_lag(request, gain, len(running), credit):
                 num_drafts[request.request_id] = count
+                credit -= self._lag_seconds(request)
             elif not count:
                 self._drafting_of(request).acceptance.idle(STEPS_A_PLAN)
-        if num_drafts and pays:
-            self._steps_left = STEPS_A_PLAN if measured is not None else STEPS_A_TRIAL
+        if num_drafts and is_sure:
+            self._trial.end()
+            self._steps_left = STEPS_A_PLAN
             self._pause = FIRST_PAUSE
             return num_drafts
         self._steps_left = STEPS_A_TRIAL
-        if self._credit_seconds <= 0.0 or self._planned:
-            return {}
-        return num_drafts or self._probe(requests, num_others)
+        if self._planned:
+            return num_drafts
+        num_drafts = num_drafts or self._probe(requests, num_others)
+        if num_drafts:
+            self._trial.begin()
+            payoff.begin_trial()
+        return num_drafts
 
     def _propose_seconds_of(self, num_requests: float) -> float:
         return self.propose_costs.seconds(num_requests) if self.propose_costs is not None else 0.0
@@ -273,12 +293,13 @@ class Speculator:
         lag = self.proposer.lag(request)
         return self.propose_costs.seconds(lag) if lag else 0.0
 
-    def _is_worth_its_lag(self, request: Request, gain: float, num_rows: int) -> bool:
-        """What the proposer must compute first costs less than half of what its drafts will save."""
+    def _is_worth_its_lag(self, request: Request, gain: float, num_rows: int, credit: float) -> bool:
+        """What the proposer must compute first costs less than half of what its drafts will save, and no more than
+        the credit."""
         lag_seconds = self._lag_seconds(request)
         if lag_seconds == 0.0:
             return True
-        if gain <= 1.0:
+        if gain <= 1.0 or lag_seconds > credit:
             return False
         num_left = max(0.0, self._answer_tokens - request.num_output_tokens)
         num_left = min(request.max_tokens - request.num_output_tokens, max(num_left, ANSWER_TOKENS / 4))

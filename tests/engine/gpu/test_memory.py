@@ -130,6 +130,23 @@ def test_memory_that_others_free_meanwhile_does_not_become_ours(gpu: FakeGpu) ->
     assert memory.taken() == 16 * GIB
 
 
+def test_workspaces_that_the_first_step_sets_up_count_once(gpu: FakeGpu) -> None:
+    memory = load(gpu)
+
+    def largest_step() -> None:
+        if gpu.running.allocated == 16 * GIB:
+            gpu.allocate(GIB // 4)
+        with gpu.allocated(2 * GIB):
+            pass
+
+    profile = profile_memory(memory, largest_step)
+    assert (profile.weights, profile.step) == (16 * GIB + GIB // 4, 2 * GIB)
+    gpu.allocate(profile.kv_bytes(0.9))
+    keep_for_steps(memory, profile)
+    largest_step()
+    assert gpu.running.taken == 72 * GIB
+
+
 def test_graphs_have_room_beside_the_kv_cache(gpu: FakeGpu) -> None:
     graphs = GIB + 3 * GIB // 4
     assert load_and_profile(gpu, graph_bytes=GIB) == replace(PROFILE, graphs=graphs)

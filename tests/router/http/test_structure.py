@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from typing import Any
 
 import pytest
 
+from relevo.core.structured_outputs import StructuredOutputs
+from relevo.grammar.compiler import CompiledGrammar, GrammarCompiler
+from services.router.http import structure
 from tests.router.http.conftest import Edge
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
@@ -85,3 +89,31 @@ async def test_a_large_schema_holds_nobody_up(edge: Edge) -> None:
     took = time.monotonic() - started
     assert (await compiling).status_code in (200, 400) and took < 2.5
     assert count >= 3 and longest < 0.5 * took
+
+
+async def test_one_that_is_never_done_is_refused_in_time_and_others_are_answered_meanwhile(
+    edge: Edge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, original = threading.Event(), GrammarCompiler._compile
+
+    def compile_(self: GrammarCompiler, outputs: StructuredOutputs) -> CompiledGrammar:
+        if outputs.regex == "endless":
+            assert go.wait(60)
+        return original(self, outputs)
+
+    monkeypatch.setattr(GrammarCompiler, "_compile", compile_)
+    endless, known = ({**CHAT, "structured_outputs": {"regex": regex}} for regex in ("endless", "known"))
+    assert (await edge.http.post("/v1/chat/completions", json=known)).status_code == 200
+    monkeypatch.setattr(structure, "COMPILE_SECONDS", 0.5)
+    refused = asyncio.create_task(edge.http.post("/v1/chat/completions", json=endless))
+    try:
+        count = 0
+        while not refused.done():
+            for body in (CHAT, known):
+                assert (await edge.http.post("/v1/chat/completions", json=body)).status_code == 200
+            count += 1
+    finally:
+        go.set()
+    reply = await refused
+    assert count >= 1 and reply.status_code == 400
+    assert "takes over 0.5 s to compile" in reply.json()["error"]["message"]
