@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
-from unittest.mock import patch
 
 Ranges = list[tuple[int, int, int]]
 
@@ -127,5 +126,13 @@ def fake_nixl() -> Iterator[FakeNixl]:
     nixl = FakeNixl()
     module = types.ModuleType("nixl_cu13._api")
     module.__dict__.update(nixl_agent=nixl.nixl_agent, nixl_agent_config=nixl.nixl_agent_config)
-    with patch.dict(sys.modules, {"nixl_cu13": types.ModuleType("nixl_cu13"), "nixl_cu13._api": module}):
+    stand_ins = {"nixl_cu13": types.ModuleType("nixl_cu13"), "nixl_cu13._api": module}
+    before = {name: sys.modules.pop(name, None) for name in stand_ins}
+    sys.modules.update(stand_ins)
+    try:
         yield nixl
+    finally:
+        for name, module_before in before.items():
+            del sys.modules[name]
+            if module_before is not None:
+                sys.modules[name] = module_before
