@@ -20,6 +20,7 @@ from services.kvtransfer.client import DirectPlace
 from services.pb.kvtransfer_pb2 import DirectMemory
 from services.worker import direct_kv
 from services.worker.transfers import Direction, Fallback, Transfers
+from tests.support import triton_interpreter
 from tests.support.agents import running_agent, until
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_engine import continuation
@@ -213,6 +214,7 @@ class TestOnGpu:
 
     @pytest.fixture
     def caches(self) -> tuple[FakeCuda, Tensor, BlockStreams, Tensor]:
+        triton_interpreter.mend()
         cuda = FakeCuda()
         source = torch.arange(8, dtype=torch.uint8)[:, None].expand(8, 1024).contiguous()
         target = torch.zeros(8, 1024, dtype=torch.uint8)
