@@ -117,6 +117,9 @@ def serve(
             min=0, max=1, help="of decode's time, for keeping its blocks where all workers find them; 0: none"
         ),
     ] = 0.05,
+    direct_kv: Annotated[
+        bool, typer.Option(help="blocks go from worker to worker, from GPU to GPU, by NIXL where that works")
+    ] = False,
     take_turns: Annotated[
         bool, typer.Option(help="several workers on the CPU compute one at a time, each with all threads")
     ] = True,
@@ -175,7 +178,7 @@ def serve(
         take_turns=take_turns,
         restart=restart,
         chaos=chaos,
-        worker_options=worker_flags(engine) | {"offer-share": str(offer_share)},
+        worker_options=worker_flags(engine) | {"offer-share": str(offer_share), "direct-kv": direct_kv},
         decode_options=decode_flags(engine),
         router_options={
             "served-model-name": ",".join(served_model_name or []),
@@ -244,7 +247,7 @@ def _log_to_stderr(level: str) -> None:
 
 def _refuse_options_of_the_split(context: typer.Context) -> None:
     """Raises StartupError for what was given, on the command line or by --config, and would do nothing."""
-    for name in ("prefill", "kv_arena", "kv_disk", "kv_disk_bytes", "kv_redis", "offer_share"):
+    for name in ("prefill", "kv_arena", "kv_disk", "kv_disk_bytes", "kv_redis", "offer_share", "direct_kv"):
         source = context.get_parameter_source(name)
         if source is not None and source.name != "DEFAULT":
             raise StartupError(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+
+from services.common.nixl import NotInstalled, is_nixl_loaded, leave, load_nixl
 
 if TYPE_CHECKING:
     from tests.support.tiny_models import TinyModels
@@ -19,6 +23,28 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 hypothesis.settings.register_profile("relevo", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("explore", deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "relevo"))
+
+
+def pytest_sessionfinish(exitstatus: int) -> None:
+    """A process that has loaded NIXL ends by leave(), which says why: after pytest, before the interpreter's end."""
+    if is_nixl_loaded():
+        atexit.register(leave, int(exitstatus))
+
+
+@pytest.fixture(params=["stand-in", "nixl"])
+def any_nixl(request: pytest.FixtureRequest) -> Iterator[None]:
+    """NIXL, and again with a stand-in, which is everywhere."""
+    from tests.support.fake_nixl import fake_nixl
+
+    if request.param == "stand-in":
+        with fake_nixl():
+            yield
+        return
+    try:
+        load_nixl()
+    except NotInstalled as error:
+        pytest.skip(f"NIXL is not installed (pip install 'relevo[nixl]'): {error}")
+    yield
 
 
 @pytest.fixture(scope="session")

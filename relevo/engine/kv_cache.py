@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from relevo.engine.cache_memory import CacheMemory
 from relevo.engine.gpu.block_streams import BlockStreams
 from relevo.engine.shortage import KV_ADVICE, explain_shortage, gib
 from relevo.models.layout import KVLayout
@@ -22,6 +23,7 @@ class KVCache:
 
     layers: for every layer its (k_cache, v_cache), views of storage:
             [num_blocks, block_size, kv_heads, k_dim] and [num_blocks, block_size, kv_heads, v_dim]
+    memory: for those who reach it by themselves
     streams: on a GPU, over which blocks leave and arrive while steps compute; None on a CPU
 
     Raises StartupError if the memory is not to be had.
@@ -35,6 +37,7 @@ class KVCache:
             self.storage = torch.empty((num_blocks, layout.block_bytes), dtype=torch.uint8, device=device)
         self.layers: list[tuple[Tensor, Tensor]] = layout.views(self.storage)
         self.streams = BlockStreams(self.storage) if device.type == "cuda" else None
+        self.memory = CacheMemory(self.storage, self.streams)
 
     def pin(self, view: memoryview) -> None:
         """Make memory that others write to, too, the arena, one that send and receive reach; the one before it no more.

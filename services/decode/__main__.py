@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
-import sys
 
 from relevo.allocator import use_one_heap
 from services.common.lifecycle import Process, run_service
+from services.common.nixl import leave
 from services.decode.config import DecodeSettings
 
 
@@ -20,7 +20,7 @@ async def serve(settings: DecodeSettings, process: Process) -> None:
 
 
 def main() -> None:
-    sys.exit(run_service("decode", DecodeSettings, serve))
+    leave(run_service("decode", DecodeSettings, serve))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from services.common.lifecycle import Process, run_service
+from services.common.nixl import leave
 from services.kvtransfer.agent import start_agent
 from services.kvtransfer.config import KvTransferSettings
-from services.kvtransfer.transports.catalog import leave
 
 
 async def serve(settings: KvTransferSettings, process: Process) -> None:

@@ -11,6 +11,7 @@ import grpc.aio
 
 from relevo.core.errors import DeadlineExceeded, Unavailable
 from services.common.errors import relevo_errors
+from services.kvtransfer.direct_places import DirectPlace, read_place
 from services.kvtransfer.mapping import ArenaMapping
 from services.kvtransfer.publication import REPLY_SECONDS, write_or_let_read_tell
 from services.pb import kvtransfer_pb2
@@ -25,6 +26,7 @@ class ArrivedBlock:
     index: int
     slot: int
     checksum: int
+    place: DirectPlace | None = None  # where its writer has it, or had
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,6 @@ class BlockFetch:
         self.transport = reply.transport or self.transport
         self.link_bytes_per_second = reply.link_bytes_per_second or self.link_bytes_per_second
         return FetchBatch(
-            [ArrivedBlock(block.index, block.slot, block.checksum) for block in reply.blocks],
+            [ArrivedBlock(block.index, block.slot, block.checksum, read_place(reply, block)) for block in reply.blocks],
             [MissingBlock(block.index, block.code) for block in reply.missing],
         )

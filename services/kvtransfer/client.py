@@ -35,6 +35,7 @@ from services.common.grpc import cancelling, make_channel
 from services.common.security import NO_SECURITY, Security
 from services.common.telemetry import trace_metadata
 from services.kvtransfer.block_fetch import BlockFetch
+from services.kvtransfer.direct_places import DirectPlace
 from services.kvtransfer.mapping import (
     ArenaMapping,
     load_checked_copy,
@@ -50,6 +51,7 @@ from services.pb import kvtransfer_pb2, kvtransfer_pb2_grpc
 __all__ = [
     "ArenaMapping",
     "BlockFetch",
+    "DirectPlace",
     "KvAgentClient",
     "Publication",
     "read_block",
@@ -65,6 +67,7 @@ class KvAgentClient:
     """One worker at its host's agent. Any number of publications and fetches at the same time, in one event loop.
 
     on_mapped: told each arena that is mapped, in a thread
+    direct_memory: our own cache, announced with what is published if set; offers go without
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class KvAgentClient:
         on_mapped: Callable[[memoryview], None] | None = None,
     ) -> None:
         self.address = address
+        self.direct_memory: kvtransfer_pb2.DirectMemory | None = None
         self._on_mapped = on_mapped
         self._worker_id = worker_id
         self._incarnation = incarnation
@@ -121,6 +125,7 @@ class KvAgentClient:
                 source_agent_address=source_agent_address,
                 num_blocks_at_source=num_blocks_at_source,
                 is_offer=is_offer,
+                direct_memory=None if is_offer else self.direct_memory,
             )
             with cancelling(self._stub.Publish(metadata=trace_metadata())) as call:
                 publication = Publication(call, mapping, self.address)
@@ -137,11 +142,17 @@ class KvAgentClient:
 
     @asynccontextmanager
     async def fetch(
-        self, hashes: Sequence[BlockHash], source_agent_address: str = "", *, timeout_seconds: float
+        self,
+        hashes: Sequence[BlockHash],
+        source_agent_address: str = "",
+        *,
+        timeout_seconds: float,
+        direct: bool = False,
     ) -> AsyncIterator[BlockFetch]:
         """Ask for blocks; iterate over what comes. Leaving the block unpins them.
 
-        source_agent_address: where they are announced; "": at this agent. Raises Unavailable, Mismatch.
+        source_agent_address: where they are announced; "": at this agent. direct: tell where writers have them, too.
+        Raises Unavailable, Mismatch.
         """
         mapping = await self._attach(None)
         for last_try in (False, True):
@@ -150,6 +161,7 @@ class KvAgentClient:
                 source_agent_address=source_agent_address,
                 timeout_ms=max(1, int(timeout_seconds * 1000)),
                 agent_incarnation=mapping.incarnation,
+                direct=direct,
             )
             with cancelling(self._stub.Fetch(metadata=trace_metadata())) as call:
                 fetch = BlockFetch(call, mapping, self.address, len(hashes), timeout_seconds)

@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 
 from relevo.core.errors import DeadlineExceeded, Exhausted, InvalidRequest, RelevoError
+from services.kvtransfer.direct_places import tell_places
 from services.kvtransfer.links import Links
 from services.kvtransfer.publish_session import FIRST_MESSAGE_SECONDS, check_names, read_within
 from services.kvtransfer.pull import pull_blocks
@@ -58,6 +59,7 @@ class FetchSession:
         self._links = links
         self._pin_seconds = pin_seconds
         self._source = ""
+        self._is_direct = False
         self._first = True
         self._requests_ended = False
         self._error: RelevoError | None = None
@@ -66,6 +68,7 @@ class FetchSession:
         """source_agent_address: "" for this agent itself."""
         timeout_seconds = opened.timeout_ms / 1000
         self._source = source_agent_address
+        self._is_direct = opened.direct
         names = list(opened.block_hashes)
         work: list[Coroutine[Any, Any, None]] = [self._read_requests()]
         lease_id: int | None = None
@@ -143,6 +146,8 @@ class FetchSession:
                 blocks=[kvtransfer_pb2.BlockRef(index=ref.index, slot=ref.slot, checksum=ref.checksum) for ref in refs],
                 missing=[kvtransfer_pb2.MissingBlock(index=block.index, code=block.code) for block in missing],
             )
+            if self._is_direct:
+                tell_places(reply, [ref.place for ref in refs])
             if self._source:
                 reply.link_bytes_per_second = self._links.bytes_per_second(self._source)
                 reply.transport = self._links.transport(self._source)

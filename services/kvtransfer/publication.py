@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -46,8 +46,10 @@ class Publication:
         """Where to write a granted block: block_bytes, for write_block."""
         return self.mapping.slot(self.granted[index])
 
-    async def seal(self, blocks: Iterable[tuple[int, int]]) -> None:
+    async def seal(self, blocks: Iterable[tuple[int, int]], block_ids: Mapping[int, int] | None = None) -> None:
         """(index, checksum) of blocks that are written: readers see them when this returns.
+
+        block_ids: by index, where they are in the writer's memory that was announced, if it was
 
         With no blocks it keeps the lease alive. Raises Unavailable if the agent is gone or has just ended the stream,
         DeadlineExceeded if the lease had ended.
@@ -56,7 +58,10 @@ class Publication:
         async with self._sealing:
             while True:
                 part, todo = todo[:_MAX_SEALS], todo[_MAX_SEALS:]
-                sealed = [kvtransfer_pb2.SealedBlock(index=index, checksum=checksum) for index, checksum in part]
+                sealed = [
+                    kvtransfer_pb2.SealedBlock(index=index, checksum=checksum, block_id=(block_ids or {}).get(index))
+                    for index, checksum in part
+                ]
                 await self._exchange(kvtransfer_pb2.PublishRequest(seal=kvtransfer_pb2.Seal(blocks=sealed)))
                 self.sealed.update(index for index, _ in part)
                 if not todo:

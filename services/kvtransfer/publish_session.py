@@ -13,6 +13,7 @@ import grpc.aio
 
 from relevo.core.block_hash import HASH_BYTES, BlockHash
 from relevo.core.errors import DeadlineExceeded, Exhausted, InvalidRequest
+from services.kvtransfer.direct_places import DirectPlace
 from services.kvtransfer.links import Links
 from services.kvtransfer.pull import pull_blocks
 from services.kvtransfer.store import Store
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 FIRST_MESSAGE_SECONDS = 10.0
 PULL_SECONDS = 30.0  # for what is announced here and lies at another agent
 _MAX_LEASE_MS = 3_600_000
+_MAX_METADATA_BYTES = 16 << 10
 _ABORTED: int = grpc.StatusCode.ABORTED.value[0]
 
 PublishContext = grpc.aio.ServicerContext[kvtransfer_pb2.PublishRequest, kvtransfer_pb2.PublishReply]
@@ -64,7 +66,9 @@ async def _serve_writer(
             if request.WhichOneof("request") != "seal":
                 raise InvalidRequest("only Seal may follow Announce", "request")
             for block in request.seal.blocks:
-                store.seal(lease_id, block.index, block.checksum)
+                has_place = announce.HasField("direct_memory") and block.HasField("block_id")
+                place = DirectPlace(announce.direct_memory, block.block_id) if has_place else None
+                store.seal(lease_id, block.index, block.checksum, place)
             ack = kvtransfer_pb2.SealAck(num_blocks=len(request.seal.blocks))
             await context.write(kvtransfer_pb2.PublishReply(seal_ack=ack))
     except DeadlineExceeded:
@@ -118,6 +122,8 @@ def _validated(request: kvtransfer_pb2.PublishRequest) -> kvtransfer_pb2.Announc
     check_names(announce.block_hashes)
     if not 1 <= announce.lease_ms <= _MAX_LEASE_MS:
         raise InvalidRequest(f"lease_ms is {announce.lease_ms}: 1 to {_MAX_LEASE_MS} is right", "lease_ms")
+    if len(announce.direct_memory.metadata) > _MAX_METADATA_BYTES:
+        raise InvalidRequest(f"metadata of more than {_MAX_METADATA_BYTES} bytes", "direct_memory")
     return announce
 
 

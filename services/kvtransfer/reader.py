@@ -11,6 +11,7 @@ import grpc
 
 from relevo.core.block_hash import BlockHash
 from relevo.core.errors import InvalidRequest
+from services.kvtransfer.direct_places import DirectPlace
 from services.kvtransfer.store import Store
 from services.kvtransfer.transports.wire import TOKEN_BYTES
 
@@ -20,6 +21,7 @@ class BlockRef:
     index: int
     slot: int
     checksum: int
+    place: DirectPlace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,8 @@ class Reader:
         self._store.counters.fetched_blocks += 1
         self._slot_of[index] = pinned.slot
         self._pinned_slots.add(pinned.slot)
-        self._refs.append(BlockRef(index, pinned.slot, pinned.checksum))
+        place = self._store.direct_places.find(name)
+        self._refs.append(BlockRef(index, pinned.slot, pinned.checksum, place))
 
     def _miss(self, index: int, code: int) -> None:
         counts = self._store.counters.missing_blocks

@@ -11,6 +11,7 @@ from relevo.core.block_hash import BlockHash
 from relevo.core.errors import Mismatch
 from relevo.core.sizes import format_size
 from services.kvtransfer.arena import Arena
+from services.kvtransfer.direct_places import DirectPlace, DirectPlaces
 from services.kvtransfer.held import HeldNames
 from services.kvtransfer.slots import Announcement, SlotTable
 
@@ -42,6 +43,7 @@ class Store:
     """All changes of the table go through here, so that nobody who waits is forgotten.
 
     held: the names that are found here, and in what lies below
+    direct_places: where writers have blocks that they have sealed a moment ago
     on_sealed: called with each name that was sealed, when those who wait for it have been told
     """
 
@@ -50,6 +52,7 @@ class Store:
         self.table = SlotTable(0)
         self.counters = Counters()
         self.held = HeldNames()
+        self.direct_places = DirectPlaces()
         self.on_sealed: Callable[[BlockHash], None] | None = None
         self._incarnation = incarnation
         self._num_cuts = 0
@@ -98,10 +101,11 @@ class Store:
         """Somebody asks for these."""
         self.counters.arena_hits += sum(map(self.table.is_sealed, names))
 
-    def seal(self, lease_id: int, index: int, checksum: int) -> None:
+    def seal(self, lease_id: int, index: int, checksum: int, place: DirectPlace | None = None) -> None:
         name = self.table.seal(lease_id, index, checksum)
         if name is not None:
             self.counters.sealed_blocks += 1
+            self.direct_places.put(name, place)
             for waiter in self._waiters.pop(name, ()):
                 waiter.block_sealed(name)
             if self.on_sealed is not None:

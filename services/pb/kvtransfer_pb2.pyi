@@ -126,6 +126,7 @@ class Announce(_message.Message):
     SOURCE_AGENT_ADDRESS_FIELD_NUMBER: _builtins.int
     NUM_BLOCKS_AT_SOURCE_FIELD_NUMBER: _builtins.int
     IS_OFFER_FIELD_NUMBER: _builtins.int
+    DIRECT_MEMORY_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.str
     lease_ms: _builtins.int
@@ -143,6 +144,12 @@ class Announce(_message.Message):
     """
     @_builtins.property
     def block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    @_builtins.property
+    def direct_memory(self) -> Global___DirectMemory:
+        """The writer's own copies of the blocks (SealedBlock.block_id), for readers on this host that can get at them. Unset:
+        nobody can.
+        """
+
     def __init__(
         self,
         *,
@@ -154,14 +161,55 @@ class Announce(_message.Message):
         source_agent_address: _builtins.str = ...,
         num_blocks_at_source: _builtins.int = ...,
         is_offer: _builtins.bool = ...,
+        direct_memory: Global___DirectMemory | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["direct_memory", b"direct_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_incarnation", b"agent_incarnation", "block_hashes", b"block_hashes", "incarnation", b"incarnation", "is_offer", b"is_offer", "lease_ms", b"lease_ms", "num_blocks_at_source", b"num_blocks_at_source", "source_agent_address", b"source_agent_address", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_incarnation", b"agent_incarnation", "block_hashes", b"block_hashes", "direct_memory", b"direct_memory", "incarnation", b"incarnation", "is_offer", b"is_offer", "lease_ms", b"lease_ms", "num_blocks_at_source", b"num_blocks_at_source", "source_agent_address", b"source_agent_address", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Announce: _TypeAlias = Announce  # noqa: Y015
+
+@_typing.final
+class DirectMemory(_message.Message):
+    """A worker's KV cache, as NIXL reads it. What is read may have been overwritten: only the checksum tells. Whoever has
+    this may read, and write, all of the cache.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    METADATA_FIELD_NUMBER: _builtins.int
+    BASE_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    WORKER_FIELD_NUMBER: _builtins.int
+    metadata: _builtins.bytes
+    """of the worker's NIXL agent; at most 16 KiB"""
+    base: _builtins.int
+    """address of block 0, as its process knows it; the others follow, block_bytes each"""
+    kind: _builtins.str
+    """DRAM, VRAM"""
+    device: _builtins.int
+    """a GPU's index, as its process counts them"""
+    worker: _builtins.str
+    """whose it is, for logs"""
+    def __init__(
+        self,
+        *,
+        metadata: _builtins.bytes = ...,
+        base: _builtins.int = ...,
+        kind: _builtins.str = ...,
+        device: _builtins.int = ...,
+        worker: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "device", b"device", "kind", b"kind", "metadata", b"metadata", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DirectMemory: _TypeAlias = DirectMemory  # noqa: Y015
 
 @_typing.final
 class Seal(_message.Message):
@@ -189,21 +237,27 @@ class SealedBlock(_message.Message):
 
     INDEX_FIELD_NUMBER: _builtins.int
     CHECKSUM_FIELD_NUMBER: _builtins.int
+    BLOCK_ID_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """in Announce.block_hashes"""
     checksum: _builtins.int
     """xxh3-64 of the block's bytes, computed by the writer from its own copy of them"""
+    block_id: _builtins.int
+    """of that copy, in Announce.direct_memory"""
     def __init__(
         self,
         *,
         index: _builtins.int = ...,
         checksum: _builtins.int = ...,
+        block_id: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_block_id", b"_block_id", "block_id", b"block_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "index", b"index"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_block_id", b"_block_id", "block_id", b"block_id", "checksum", b"checksum", "index", b"index"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__block_id: _TypeAlias = _typing.Literal["block_id"]  # noqa: Y015
+    _WhichOneofArgType__block_id: _TypeAlias = _typing.Literal["_block_id", b"_block_id"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__block_id) -> _WhichOneofReturnType__block_id | None: ...
 
 Global___SealedBlock: _TypeAlias = SealedBlock  # noqa: Y015
 
@@ -342,12 +396,15 @@ class OpenFetch(_message.Message):
     SOURCE_AGENT_ADDRESS_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     AGENT_INCARNATION_FIELD_NUMBER: _builtins.int
+    DIRECT_FIELD_NUMBER: _builtins.int
     source_agent_address: _builtins.str
     """The agent at which they are announced; "" or this agent's own address: here. Another: this agent pulls them."""
     timeout_ms: _builtins.int
     """at least 1"""
     agent_incarnation: _builtins.str
     """whose arena the reader has mapped, as in Announce; "": none, it pulls"""
+    direct: _builtins.bool
+    """show blocks that were sealed here a moment ago in their writers' memory, too"""
     @_builtins.property
     def block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     def __init__(
@@ -357,10 +414,11 @@ class OpenFetch(_message.Message):
         source_agent_address: _builtins.str = ...,
         timeout_ms: _builtins.int = ...,
         agent_incarnation: _builtins.str = ...,
+        direct: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_incarnation", b"agent_incarnation", "block_hashes", b"block_hashes", "source_agent_address", b"source_agent_address", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_incarnation", b"agent_incarnation", "block_hashes", b"block_hashes", "direct", b"direct", "source_agent_address", b"source_agent_address", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -402,6 +460,7 @@ class FetchReply(_message.Message):
     BLOCK_BYTES_FIELD_NUMBER: _builtins.int
     LINK_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
+    DIRECT_MEMORIES_FIELD_NUMBER: _builtins.int
     pull_token: _builtins.bytes
     """In the first reply alone, for agents that pull (over a link, kvlink.proto): names the stream's pins there."""
     block_bytes: _builtins.int
@@ -413,6 +472,10 @@ class FetchReply(_message.Message):
     def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockRef]: ...
     @_builtins.property
     def missing(self) -> _containers.RepeatedCompositeFieldContainer[Global___MissingBlock]: ...
+    @_builtins.property
+    def direct_memories(self) -> _containers.RepeatedCompositeFieldContainer[Global___DirectMemory]:
+        """that BlockRef.direct_memory of this message counts"""
+
     def __init__(
         self,
         *,
@@ -422,10 +485,11 @@ class FetchReply(_message.Message):
         block_bytes: _builtins.int = ...,
         link_bytes_per_second: _builtins.float = ...,
         transport: _builtins.str = ...,
+        direct_memories: _abc.Iterable[Global___DirectMemory] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "blocks", b"blocks", "link_bytes_per_second", b"link_bytes_per_second", "missing", b"missing", "pull_token", b"pull_token", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "blocks", b"blocks", "direct_memories", b"direct_memories", "link_bytes_per_second", b"link_bytes_per_second", "missing", b"missing", "pull_token", b"pull_token", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -438,21 +502,29 @@ class BlockRef(_message.Message):
     INDEX_FIELD_NUMBER: _builtins.int
     SLOT_FIELD_NUMBER: _builtins.int
     CHECKSUM_FIELD_NUMBER: _builtins.int
+    DIRECT_MEMORY_FIELD_NUMBER: _builtins.int
+    BLOCK_ID_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """in OpenFetch.block_hashes"""
     slot: _builtins.int
     checksum: _builtins.int
     """what the reader must find"""
+    direct_memory: _builtins.int
+    """1 + index in FetchReply.direct_memories: there the block is, too; 0: nowhere"""
+    block_id: _builtins.int
+    """in that memory"""
     def __init__(
         self,
         *,
         index: _builtins.int = ...,
         slot: _builtins.int = ...,
         checksum: _builtins.int = ...,
+        direct_memory: _builtins.int = ...,
+        block_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "index", b"index", "slot", b"slot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_id", b"block_id", "checksum", b"checksum", "direct_memory", b"direct_memory", "index", b"index", "slot", b"slot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

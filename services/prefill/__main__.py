@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gc
-import sys
 
 from relevo.allocator import use_one_heap
 from relevo.core.errors import StartupError
 from services.common.lifecycle import Process, run_service
+from services.common.nixl import leave
 from services.prefill.config import PrefillSettings
 
 
@@ -23,7 +23,7 @@ async def serve(settings: PrefillSettings, process: Process) -> None:
 
 
 def main() -> None:
-    sys.exit(run_service("prefill", PrefillSettings, serve))
+    leave(run_service("prefill", PrefillSettings, serve))
 
 
 if __name__ == "__main__":

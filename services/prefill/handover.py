@@ -114,13 +114,14 @@ class Handover:
             part = todo[start : start + BLOCKS_PER_COPY]
             checksums = await self._ports.copier.run(partial(self._copy, part, block_ids))
             for publication in self._publications:
-                sealed = [
-                    (self._grants[index][1], checksum)
+                ours = [
+                    (self._grants[index][1], checksum, block_ids[index])
                     for index, checksum in zip(part, checksums, strict=True)
                     if self._grants[index][0] is publication
                 ]
-                if sealed:
-                    await publication.seal(sealed)
+                if ours:
+                    places = {index: block_id for index, _, block_id in ours}
+                    await publication.seal([(index, checksum) for index, checksum, _ in ours], places)
         return len(todo)
 
     async def keep_alive(self) -> None:

@@ -20,6 +20,8 @@ from services.worker.worker import Worker
 
 def prefill_registration(worker: Worker, agent: KvAgentClient | None) -> Registration:
     assert agent is not None
+    if worker.direct_kv is not None:
+        agent.direct_memory = worker.direct_kv.show()
     servicer = PrefillServicer(worker, agent, BlockReceiver(agent, worker))
     add = prefill_pb2_grpc.add_PrefillServiceServicer_to_server
     return Registration(add, servicer, "relevo.v1.PrefillService")

@@ -88,6 +88,11 @@ class WorkerSettings(FleetSettings):
         le=1,
         description="of a decode worker's time, for offering the blocks that it computes to the KV agent; 0: none is",
     )
+    direct_kv: bool = Field(
+        False,
+        description="blocks of prompts go from worker to worker by NIXL where both have this option and one KV agent,"
+        " from GPU to GPU; whoever reaches a worker's NIXL may read all of its cache",
+    )
     max_num_waiting: int = Field(512, ge=1, description="requests queued before new ones are refused")
     handover_timeout_seconds: float = Field(
         3600.0, gt=0, description="how long a split request may wait for the prefill worker, its queue included"

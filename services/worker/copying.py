@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from typing import TypeVar
 from relevo.engine.gpu.block_streams import STAGED_BLOCKS
 from services.kvtransfer.client import read_blocks, write_blocks
 from services.worker.ports import KVCachePort
+from services.worker.threads import run_to_its_end
 from services.worker.transfers import Direction, Transfers
 
 T = TypeVar("T")
@@ -25,22 +25,8 @@ class Copier:
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="copier")
 
     async def run(self, copy: Callable[[], T]) -> T:
-        """Run `copy` in a thread. A caller that is cancelled leaves only when the thread is through with it.
-
-        So whoever cancels a task and has awaited it knows that nobody touches the task's blocks any more.
-        """
-        future = asyncio.get_running_loop().run_in_executor(self._executor, copy)
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            while not future.done():
-                try:
-                    await asyncio.wait((future,))
-                except asyncio.CancelledError:
-                    continue  # once more: the answer stays the same, and the first one is raised below
-            if not future.cancelled():
-                future.exception()  # seen; the caller is gone
-            raise
+        """In a thread; see run_to_its_end."""
+        return await run_to_its_end(self._executor, copy)
 
     def close(self) -> None:
         self._executor.shutdown(wait=True)
@@ -65,7 +51,7 @@ def copy_in(
     else:
         with kv_cache.arriving(block_ids, after) as places:
             good = read_blocks(slots, places, checksums)
-    transfers.copied(Direction.IN, slots, time.monotonic() - started)
+    transfers.copied(Direction.IN, len(slots), sum(map(len, slots)), time.monotonic() - started)
     return good
 
 
@@ -82,5 +68,5 @@ def copy_out(
     if checksums is None:
         with kv_cache.leaving(block_ids) as sources:
             checksums = write_blocks(slots, sources)
-    transfers.copied(direction, slots, time.monotonic() - started)
+    transfers.copied(direction, len(slots), sum(map(len, slots)), time.monotonic() - started)
     return checksums

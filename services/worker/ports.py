@@ -11,6 +11,7 @@ from relevo.core.errors import RelevoError
 from relevo.core.request import Request
 from relevo.core.sampling_params import SamplingParams
 from relevo.engine.beams import EndedBeams
+from relevo.engine.cache_memory import CacheMemory
 from relevo.engine.config import EngineInfo
 from relevo.engine.kv_cache import HostBlocks
 from relevo.engine.step_result import Chunk, Computed, EndedRequest, NewTokens, PromptLogprobs, Reserved, StepResult
@@ -18,6 +19,9 @@ from relevo.engine.step_result import Chunk, Computed, EndedRequest, NewTokens, 
 
 class KVCachePort(Protocol):
     """Blocks' bytes; any thread, for blocks that are held."""
+
+    @property
+    def memory(self) -> CacheMemory: ...
 
     def send(self, block_ids: Sequence[int], slots: Sequence[memoryview]) -> list[int] | None: ...
     def last_launch(self) -> object: ...

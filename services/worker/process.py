@@ -61,6 +61,9 @@ async def serve_worker(
 
     worker = Worker(settings, engine, EngineThread)
     process.stack.callback(worker.copier.close)
+    if settings.direct_kv:
+        direct_kv = worker.open_direct_kv(f"{worker_id}-{process.incarnation}")
+        process.stack.push_async_callback(direct_kv.close)
     worker.thread.start()
     process.stack.push_async_callback(worker.thread.stop)
     process.spawn(worker.watch_engine(), "engine")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from enum import Enum
 
 from prometheus_client import Counter, Histogram
@@ -15,8 +14,17 @@ _RATIO_BUCKETS = (0.125, 0.25, 0.5, 0.75, 0.875, 0.9375, 0.97, 0.999, 1)
 
 class Direction(Enum):
     IN = "in"  # out of the arena into the pool
+    DIRECT = "direct"  # out of another worker's pool into ours
     OUT = "out"  # a prompt's, for the worker that goes on with it
     OFFER = "offer"  # our own, for whoever finds them there
+
+
+class Fallback(Enum):
+    """Why a block did not come directly."""
+
+    CHANGED = "changed"  # what was read is not the block: its writer has used the place for another
+    FAILED = "failed"  # the read did not end well, or in time
+    APART = "apart"  # there is no connection: not yet, or not for a while
 
 
 class Transfers:
@@ -27,6 +35,12 @@ class Transfers:
         self._bytes = Counter("relevo_handover_bytes", "Bytes of KV copied, by direction", ["direction"], registry=None)
         self._seconds = Counter(
             "relevo_handover_copy_seconds", "Time that copies took, by direction", ["direction"], registry=None
+        )
+        self._fallbacks = Counter(
+            "relevo_handover_direct_fallbacks",
+            "KV blocks that were to come out of another worker's pool, and were copied out of the arena, by reason",
+            ["reason"],
+            registry=None,
         )
         self._tail = Histogram(
             "relevo_handover_tail_seconds",
@@ -43,7 +57,9 @@ class Transfers:
         for each in (self._blocks, self._bytes, self._seconds):
             for direction in Direction:
                 each.labels(direction.value)  # shown from the start
-        self.metrics = (self._blocks, self._bytes, self._seconds, self._tail, self._overlap)
+        for reason in Fallback:
+            self._fallbacks.labels(reason.value)
+        self.metrics = (self._blocks, self._bytes, self._seconds, self._fallbacks, self._tail, self._overlap)
         self._lock = threading.Lock()
         self._copy_bytes_per_second = 0.0
         self._link_bytes_per_second = 0.0
@@ -54,12 +70,15 @@ class Transfers:
         copy, link = self._copy_bytes_per_second, self._link_bytes_per_second
         return 1 / (1 / copy + 1 / link) if copy and link else copy
 
-    def copied(self, direction: Direction, slots: Sequence[memoryview], seconds: float) -> None:
-        num_bytes = sum(map(len, slots))
-        self._blocks.labels(direction.value).inc(len(slots))
+    def fell_back(self, reason: Fallback, num_blocks: int) -> None:
+        self._fallbacks.labels(reason.value).inc(num_blocks)
+
+    def copied(self, direction: Direction, num_blocks: int, num_bytes: int, seconds: float) -> None:
+        """num_bytes: of all of them"""
+        self._blocks.labels(direction.value).inc(num_blocks)
         self._bytes.labels(direction.value).inc(num_bytes)
         self._seconds.labels(direction.value).inc(seconds)
-        if direction is Direction.IN and num_bytes and seconds > 0:
+        if direction in (Direction.IN, Direction.DIRECT) and num_bytes and seconds > 0:
             rate = num_bytes / seconds
             with self._lock:
                 mean = self._copy_bytes_per_second

@@ -18,6 +18,7 @@ from services.common.block_events import BlockEvents
 from services.pb.messages_pb2 import Load
 from services.worker.config import WorkerSettings
 from services.worker.copying import Copier
+from services.worker.direct_kv import DirectKV
 from services.worker.messages import load_to_pb
 from services.worker.ports import Admitted, EnginePort, EngineThreadPort, Event, Listener, MakeEngineThread
 from services.worker.transfers import Transfers
@@ -39,6 +40,7 @@ class Worker:
 
     Belongs to one loop. run() must be running, start() called, before requests come.
 
+    direct_kv: blocks' way from cache to cache, if that is wanted
     on_stored: called with the names that a step has put into the pool
     step_began_at, step_ended_at: of the step whose results are being told, on the clock of time.monotonic
     """
@@ -49,6 +51,7 @@ class Worker:
         self.thread: EngineThreadPort = make_thread(engine, self._on_step)
         self.copier = Copier()
         self.transfers = Transfers()
+        self.direct_kv: DirectKV | None = None
         self.on_stored: Callable[[Sequence[BlockHash]], None] | None = None
         self.load = Load(num_free_blocks=engine.info.num_blocks)
         self.block_events = BlockEvents(self._load_now)
@@ -70,6 +73,12 @@ class Worker:
         """Owns the requests' tasks: until it is cancelled, and they with it."""
         async with self._tasks:
             await asyncio.get_running_loop().create_future()
+
+    def open_direct_kv(self, name: str) -> DirectKV:
+        """See DirectKV; before registrations are made. Raises StartupError."""
+        memory = self.engine.kv_cache.memory
+        self.direct_kv = DirectKV(memory, self.transfers, name, self.spawn, lambda: self.num_requests > 0)
+        return self.direct_kv
 
     async def watch_engine(self) -> None:
         """Raises what the engine's thread died of; returns when it was stopped."""

@@ -237,6 +237,24 @@ async def test_workers_that_run_ahead_change_no_token(
         assert tokens(await stack.aggregated.generate_all(prompts(), make_sampling(**ALL))) == tokens(penalized)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+async def test_blocks_that_come_from_cache_to_cache_change_no_token(
+    tiny_models: TinyModels, tmp_path: Path, any_nixl: None, architecture: str
+) -> None:
+    path = tiny_models.path(architecture)
+    async with running_stack(path, tmp_path, attention_backend="cpu", direct_kv=True) as stack:
+        await stack.split.generate_all(prompts(), GREEDY, salt="first")
+        worker = stack.decode.worker
+        assert worker.direct_kv is not None
+        [peer] = worker.direct_kv._peers.values()
+        await until(lambda: peer.is_connected)
+        before = worker.transfers._blocks.labels("in")._value.get()
+        assert tokens(await stack.split.generate_all(prompts(), GREEDY, salt="greedy")) == transformers_greedy(path)
+        await check_split_equals_aggregated(stack, make_sampling(**ALL), salt="sampled")
+        assert worker.transfers._blocks.labels("direct")._value.get() >= 2 * num_names(prompts())
+        assert worker.transfers._blocks.labels("in")._value.get() == before
+
+
 async def check_split_equals_aggregated(stack: Stack, sampling: SamplingParams, salt: str = "") -> list[Answer]:
     """From cold caches both. Returns the aggregated answers."""
     num_sealed = stack.agent.store.counters.sealed_blocks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import signal
@@ -20,19 +19,12 @@ from services.common.lifecycle import Process
 from services.kvtransfer.agent import Agent, start_agent
 from services.kvtransfer.client import KvAgentClient
 from services.kvtransfer.config import KvTransferSettings
-from services.kvtransfer.transports.catalog import is_nixl_loaded, leave
 
 from .blocks import ARENA_BYTES, BLOCK_BYTES, FINGERPRINT, until_unused
 
 StartAgent = Callable[..., Awaitable[Agent]]
 Connect = Callable[..., Awaitable[KvAgentClient]]
 SpawnAgent = Callable[..., "AgentProcess"]
-
-
-def pytest_sessionfinish(exitstatus: int) -> None:
-    """A process that has loaded NIXL ends by leave(), which says why: after pytest, before the interpreter's end."""
-    if is_nixl_loaded():
-        atexit.register(leave, int(exitstatus))
 
 
 @pytest.fixture

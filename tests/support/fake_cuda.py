@@ -63,6 +63,13 @@ class FakeCuda:
     def device(self, _device: torch.device) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def set_device(self, _device: torch.device) -> None:
+        pass
+
+    def synchronize(self, _device: torch.device) -> None:
+        for stream in self._streams:
+            stream.run(stream.num_enqueued)
+
     def current_stream(self, _device: torch.device) -> FakeStream:
         return self.compute
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from relevo.core.block_hash import BlockHash, root_hash
@@ -23,6 +24,7 @@ from relevo.core.request import FinishReason, Request
 from relevo.core.sampling_params import SamplingParams
 from relevo.core.schedule import SchedulerConfig
 from relevo.core.scheduler import Scheduler
+from relevo.engine.cache_memory import CacheMemory
 from relevo.engine.config import EngineInfo
 from relevo.engine.kv_cache import HostBlocks
 from relevo.engine.step_result import Chunk, Computed, EndedRequest, EngineLoad, NewTokens, Reserved, StepResult
@@ -52,6 +54,7 @@ def block_bytes_of(name: BlockHash, block_bytes: int) -> NDArray[np.uint8]:
 class FakeKVCache:
     def __init__(self, num_blocks: int, block_bytes: int) -> None:
         self.storage = np.zeros((num_blocks, block_bytes), dtype=np.uint8)
+        self.memory = CacheMemory(torch.from_numpy(self.storage), None)
 
     def send(self, block_ids: Sequence[int], slots: Sequence[memoryview]) -> None:
         return None

@@ -49,7 +49,9 @@ other end has them, `in`.
 """
 _WORKERS = """
 Prefill and decode have the same. `direction`: `in` is out of the arena into the worker's pool, `out` a prompt's
-blocks for the worker that goes on with it, `offer` a worker's own blocks, for whoever finds them.
+blocks for the worker that goes on with it, `offer` a worker's own blocks, for whoever finds them, `direct` out of
+another worker's pool into this one's (`--direct-kv`). `reason`: `changed` is that something else was there by then,
+`failed` that the read did not end well or in time, `apart` that the two were not connected.
 """
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
+from uuid import uuid4
 
 import grpc.aio
 
@@ -97,7 +98,10 @@ async def running_worker(
     worker = Worker(make_settings(**settings), engine, FakeEngineThread)
     thread = worker.thread
     assert isinstance(thread, FakeEngineThread)
-    async with serving(worker, make_registration) as channel:
+    async with AsyncExitStack() as stack:
+        if worker.settings.direct_kv:
+            stack.push_async_callback(worker.open_direct_kv(f"worker-{uuid4()}").close)
+        channel = await stack.enter_async_context(serving(worker, make_registration))
         running = RunningWorker(worker, engine, thread, channel)
         yield running
         if running.is_expected_clean:

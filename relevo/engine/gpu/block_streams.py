@@ -99,8 +99,8 @@ class BlockStreams:
         with self._pinning:
             pinned = None
             try:
+                self.check_hashing()
                 with self._cuda.device(self._storage.device):
-                    _check_hashing(self._storage)
                     pinned = PinnedMemory(view, self._cuda)
             except Exception as error:  # CUDA's, Triton's, its compiler's: there is another way
                 logger.warning("KV blocks go by way of memory of our own, more slowly: %s", error)
@@ -154,6 +154,31 @@ class BlockStreams:
             with lane.behind(after):
                 for row, block_id in enumerate(block_ids):
                     self._storage[block_id].copy_(staged[row], non_blocking=True)
+
+    def check_hashing(self) -> None:
+        """Raises if checksums of these blocks cannot be made on the device."""
+        with self._cuda.device(self._storage.device):
+            _check_hashing(self._storage)
+
+    def enter_thread(self) -> None:
+        """See CacheMemory.enter_thread."""
+        self._cuda.set_device(self._storage.device)
+
+    def settle(self) -> None:
+        """See CacheMemory.settle."""
+        self._cuda.synchronize(self._storage.device)
+
+    def wait_for(self, after: Any) -> None:
+        """Until the event has happened: as `in`, for those who are on no stream."""
+        with self._lane() as lane, lane.behind(after):
+            pass
+
+    def checksums(self, block_ids: Sequence[int]) -> list[int]:
+        """Of blocks as they are in the cache."""
+        with self._lane() as lane:
+            with lane.behind(None):
+                lane.hash(block_ids)
+            return lane.checksums(len(block_ids))
 
     def _reaches(self, slots: Sequence[memoryview]) -> bool:
         pinned = self._pinned

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import ssl
-import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from relevo.core.errors import StartupError
 from services.kvtransfer.arena import Arena
@@ -57,24 +55,6 @@ def open_nixl(names: Sequence[str], arena: Arena, name: str) -> NixlDataServer |
     except Exception as error:  # NIXL's own classes, which only its package knows
         logger.warning("no transport nixl: it is installed and does not start: %s", error)
     return None
-
-
-def is_nixl_loaded() -> bool:
-    return any(name.startswith("nixl_cu") for name in sys.modules)
-
-
-def leave(code: int) -> NoReturn:
-    """Ends the process, which has stopped everything: sys.exit(), unless NIXL was loaded.
-
-    Its wheels (1.5.1) bring a copy of libnl-route, and load the system's beside it where there is one; at exit() the
-    copy's destructors take out of lists what went into the other's, and crash: exit code 139 after a clean shutdown.
-    """
-    if not is_nixl_loaded():
-        sys.exit(code)
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def open_pullers(

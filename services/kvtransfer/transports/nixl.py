@@ -13,67 +13,32 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import importlib
-import logging
 import mmap
 import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from queue import SimpleQueue
-from typing import Any
 
 import numpy as np
 import xxhash
 
 from relevo.core.errors import Unavailable
+from services.common.nixl import NixlReader, NotInstalled, load_nixl, make_agent
 from services.kvtransfer.arena import Arena
 from services.kvtransfer.transports import STALL_SECONDS, Figures, Outcome, WantedBlock
 from services.kvtransfer.transports.work import PullWork
 from services.pb import kvlink_pb2
 
-logger = logging.getLogger(__name__)
+__all__ = ["NixlDataServer", "NixlPuller", "NotInstalled", "load_nixl"]
 
 PROBE_BYTES = 4 << 20
-_PACKAGES = ("nixl_cu13", "nixl_cu12")
 _BATCH_BYTES = 8 << 20  # in one transfer: checked while the next one is under way
 _LOOK_SECONDS = 0.0005  # between the source's looks at what it might have to do
-_SPIN_SECONDS = 0.0003  # a transfer is waited for by looking, then by sleeping in between
-_PAUSE_SECONDS = 0.00005
 _NUM_PINGS = 8
 _MAX_PROBES = 8
 _PROBE_SECONDS = 0.05
 _JOIN_SECONDS = STALL_SECONDS + 2.0
-
-
-class NotInstalled(Exception):
-    """Says what is missing."""
-
-
-def load_nixl() -> Any:
-    """NIXL's Python interface. Raises NotInstalled."""
-    problems = []
-    for package in _PACKAGES:
-        try:
-            module = importlib.import_module(f"{package}._api")
-        except ImportError as error:
-            problems.append(str(error))
-            continue
-        theirs = logging.getLogger("nixl")  # which it has configured to print on standard output
-        theirs.handlers.clear()
-        theirs.propagate = True
-        theirs.setLevel(logging.WARNING)
-        return module
-    raise NotInstalled("; ".join(problems))
-
-
-def _make_agent(name: str, memory: Sequence[memoryview]) -> Any:
-    """With this memory registered. NIXL's exceptions are its own classes of C++: callers catch Exception."""
-    nixl = load_nixl()
-    config = nixl.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
-    agent = nixl.nixl_agent(name, config)
-    agent.register_memory([(_address(view), len(view), 0, "") for view in memory], "DRAM")
-    return agent
 
 
 def _address(view: memoryview) -> int:
@@ -81,12 +46,16 @@ def _address(view: memoryview) -> int:
     return address
 
 
+def _regions(*views: memoryview) -> list[tuple[int, int]]:
+    return [(_address(view), len(view)) for view in views]
+
+
 class NixlDataServer:
     """Shows the arena to those who have a link. Raises NotInstalled, or whatever keeps NIXL from starting."""
 
     def __init__(self, arena: Arena, name: str) -> None:
         self._probe = memoryview(mmap.mmap(-1, PROBE_BYTES))
-        self._agent = _make_agent(name, [arena.view, self._probe])
+        self._agent = make_agent(name, _regions(arena.view, self._probe))
         self._offer = kvlink_pb2.TransportOffer(
             transport="nixl",
             metadata=self._agent.get_agent_metadata(),
@@ -136,8 +105,7 @@ class NixlPuller:
         self._arena = arena
         self._own_name = own_name
         self._scratch = memoryview(mmap.mmap(-1, PROBE_BYTES))
-        self._agent: Any = None  # in the thread only
-        self._peer = ""
+        self._reader: NixlReader | None = None  # in the thread only
         self._cut = threading.Event()
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -188,9 +156,7 @@ class NixlPuller:
         self._destroy()
 
     def _connect_and_measure(self) -> Figures:
-        self._agent = _make_agent(self._own_name, [self._arena.view, self._scratch])
-        peer = self._agent.add_remote_agent(self._offer.metadata)
-        self._peer = peer.decode() if isinstance(peer, bytes) else peer
+        self._reader = NixlReader(self._own_name, _regions(self._arena.view, self._scratch), self._offer.metadata)
         base = _address(self._scratch)
         pings = [self._time(lambda: self._read([(base, self._offer.probe_base, 8)])) for _ in range(_NUM_PINGS)]
         best, spent = 0.0, 0.0
@@ -207,7 +173,7 @@ class NixlPuller:
         return time.monotonic() - start
 
     def _pull(self, work: PullWork) -> None:
-        if self._agent is None:
+        if self._reader is None:
             work.fail(ConnectionError("the NIXL link is closed"))
             return
         if not work.begin():
@@ -231,23 +197,10 @@ class NixlPuller:
         return int(self._offer.arena_base) + slot * self._arena.slot_bytes
 
     def _read(self, ranges: Sequence[tuple[int, int, int]]) -> None:
-        """(ours, theirs, bytes) each. Raises ConnectionError; then the agent must be destroyed."""
-        agent = self._agent
-        ours = agent.get_xfer_descs([(local, num_bytes, 0) for local, _, num_bytes in ranges], "DRAM")
-        theirs = agent.get_xfer_descs([(remote, num_bytes, 0) for _, remote, num_bytes in ranges], "DRAM")
-        handle = agent.initialize_xfer("READ", ours, theirs, self._peer)
-        state, start = agent.transfer(handle), time.monotonic()
-        while state == "PROC":
-            waited = time.monotonic() - start
-            if waited > STALL_SECONDS or self._cut.is_set():
-                raise ConnectionError("cut off" if self._cut.is_set() else f"nothing came for {STALL_SECONDS:g} s")
-            if waited > _SPIN_SECONDS:
-                time.sleep(_PAUSE_SECONDS)
-            state = agent.check_xfer_state(handle)
-        if state != "DONE":
-            raise ConnectionError(f"the transfer ended with {state}")
-        agent.release_xfer_handle(handle)
+        assert self._reader is not None
+        self._reader.read(ranges, STALL_SECONDS, self._cut.is_set)
 
     def _destroy(self) -> None:
-        self._agent = None
-        gc.collect()  # transfers' handles refer to it, from the exception that is being handled, too
+        if self._reader is not None:
+            self._reader.destroy()
+            self._reader = None

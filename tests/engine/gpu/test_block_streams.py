@@ -14,6 +14,7 @@ import torch
 import xxhash
 
 from relevo.core.block_hash import LayerShape
+from relevo.engine.cache_memory import CacheMemory
 from relevo.engine.gpu.block_streams import STAGED_BLOCKS, BlockStreams
 from relevo.engine.kv_cache import KVCache
 from relevo.models.layout import KVLayout
@@ -105,6 +106,29 @@ def test_arriving_waits_for_the_last_step_that_was_launched(cuda: FakeCuda, cach
         places[0][:] = 55
     cuda.compute.run(cuda.compute.num_enqueued)
     assert (cache.storage[7] == 55).all()
+
+
+def test_addresses_are_told_when_no_step_writes_there_any_more(cuda: FakeCuda, cache: KVCache) -> None:
+    """Who writes there by himself knows of no stream."""
+    memory = CacheMemory(cache.storage, cache.streams)
+    for value in (100, 101):
+        launch_write(cuda, cache, block_id=7, value=value)
+    cache.step_settled()
+    reserved = cache.last_launch()
+    launch_write(cuda, cache, block_id=9, value=102)
+    addresses = [cache.storage[block_id].data_ptr() for block_id in (7, 1)]
+    assert memory.addresses([7, 1], reserved) == addresses
+    assert (cache.storage[9] == 9).all(), "a step that was launched since was waited for"
+    cache.storage[7] = 55
+    cuda.compute.run(cuda.compute.num_enqueued)
+    assert (cache.storage[7] == 55).all()
+    assert memory.checksums([7, 1]) == checksums_of(cache, 7, 1)
+
+
+def test_settling_is_the_end_of_all_that_the_device_does(cuda: FakeCuda, cache: KVCache) -> None:
+    cuda.Stream(cache.storage.device).enqueue(lambda: cache.storage[7].numpy().fill(9))  # a library's own
+    CacheMemory(cache.storage, cache.streams).settle()
+    assert (cache.storage[7] == 9).all()
 
 
 def test_arriving_does_not_wait_for_steps_that_were_launched_since(
