@@ -108,8 +108,8 @@ def _sealed(fault: Fault) -> None:
 
     seal = Publication.seal
 
-    async def striking_seal(publication: Publication, blocks: Any) -> None:
-        await seal(publication, blocks)
+    async def striking_seal(publication: Publication, *args: Any) -> None:
+        await seal(publication, *args)
         if len(publication.sealed) >= fault.num_sealed_blocks:
             _strike(fault)
 
