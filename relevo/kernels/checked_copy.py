@@ -155,13 +155,14 @@ def _finish(acc: Any, secret: Any, num_bytes: int) -> Any:
 
 
 def _build(store: Any) -> Callable[..., Any]:
-    """The loop with one kind of stores."""
+    """The loop with one kind of stores. At acc_address are the lanes, and three stripes of room behind them."""
 
     @numba.njit(error_model="numpy")
     def copy(target: int, source: int, num_bytes: int, secret: int, acc_address: int) -> None:
         acc = _load(acc_address)
         num_blocks = (num_bytes - 1) // PIECE_BYTES
         last_secret = _load(secret + SCRAMBLING_SECRET)
+        value = acc
         offset = 0
         for _ in range(num_blocks):
             for stripe in range(STRIPES):
@@ -175,13 +176,17 @@ def _build(store: Any) -> Callable[..., Any]:
             store(target + offset, value)
             acc = _accumulate(acc, value, _load(secret + 8 * stripe))
             offset += STRIPE_BYTES
-        # The last 64 bytes may overlap the stripe before them, and others may write to source or target meanwhile: they
-        # are read once, to where nobody else writes, and hashed and stored from there.
-        last = num_bytes - STRIPE_BYTES
-        value = _load(source + last)
-        _store(acc_address, value)
-        for index in range(offset, num_bytes):
-            _copy_byte(target + index, acc_address + index - last)
+        # The last 64 bytes may overlap the stripe before them, and others may write to source or target meanwhile:
+        # what is new of them is read once, to where nobody else writes, and hashed, behind that stripe, and stored from
+        # there.
+        before, rest, read = acc_address + STRIPE_BYTES, acc_address + 2 * STRIPE_BYTES, acc_address + 3 * STRIPE_BYTES
+        num_new = num_bytes - offset
+        _store(before, value)
+        _store(read, _load(source + num_bytes - STRIPE_BYTES))
+        for index in range(num_new):
+            _copy_byte(rest + index, read + STRIPE_BYTES - num_new + index)
+            _copy_byte(target + offset + index, rest + index)
+        value = _load(before + num_new)
         _fence(0)
         acc = _accumulate(acc, value, _load(secret + LAST_SECRET))
         _store(acc_address, acc)
@@ -195,7 +200,8 @@ _copy_past_caches = _build(_store_past_caches)
 
 def _copy_each(targets: Any, sources: Any, num_bytes: int, secret: Any, start: Any, checksums: Any) -> None:
     for index in range(len(targets)):
-        acc = start.copy()
+        acc = np.empty(4 * len(start), np.uint64)
+        acc[:8] = start
         target, source = targets[index], sources[index]
         if target % _TARGET_ALIGNMENT:
             _copy_cached(target, source, num_bytes, secret.ctypes.data, acc.ctypes.data)
