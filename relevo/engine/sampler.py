@@ -85,9 +85,11 @@ class Sampler:
         if not rows:
             return self._no_rows()
         processed, failures = process(logits, rows, self.kernels)
-        if masks is not None:
-            processed = self._masked(processed, logits, masks)
-        chosen, usable = self._likeliest(processed)
+        if masks is None:
+            chosen, usable = self._likeliest(processed)
+        else:
+            processed = processed.clone() if processed is logits else processed
+            chosen, usable = self._mask(processed, logits, masks)
         has_choice = self._has_choice(logits, usable) if processed is not logits else usable
         chosen = self._draw(processed, rows, chosen, usable, failures)
         scored = self._score(logits, rows, chosen)
@@ -126,18 +128,19 @@ class Sampler:
             return usable
         return logits.amax(dim=1).isfinite()
 
-    def _masked(self, processed: Tensor, logits: Tensor, masks: Masks) -> Tensor:
-        """Rows that would have no token left are the model's own logits, with the mask alone."""
+    def _mask(self, processed: Tensor, logits: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
+        """In place; what is likeliest then. Rows that would have no token left are the model's own logits, with the
+        mask alone.
+        """
         rows, words = upload([masks.rows, masks.words], self.device)
-        processed = processed.clone() if processed is logits else processed
         self.kernels.mask_logits(processed, rows, words)
-        _, usable = self._likeliest(processed)
+        chosen, usable = self._likeliest(processed)
         if self._on_host and bool(usable.all()):
-            return processed
+            return chosen, usable
         is_usable = usable.index_select(0, rows).unsqueeze(1)
         processed[rows] = torch.where(is_usable, processed[rows], logits[rows])
         self.kernels.mask_logits(processed, rows, words)
-        return processed
+        return self._likeliest(processed)
 
     def _with_beams(
         self, logits: Tensor, rows: Sequence[SamplingRow], beams: Sequence[int], masks: Masks | None
